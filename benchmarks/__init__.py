@@ -1,0 +1,1 @@
+"""A fair comparison of pruning criteria: same weights, images, scope and MACs for every arm."""

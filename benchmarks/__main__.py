@@ -1,0 +1,37 @@
+"""Command line of the benchmark: ``python -m benchmarks COMMAND --help``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from benchmarks import compare, ratio, report
+from benchmarks.errors import UsageError
+
+COMMANDS: dict[str, tuple[type, Callable]] = {
+    "compare": (compare.CompareConfig, compare.run),
+    "report": (report.ReportConfig, report.run),
+    "ratio": (ratio.RatioConfig, ratio.run),
+}
+"""Each command is a frozen dataclass of its flags and a function of that dataclass."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; bad input ends in one line on stderr and exit code 2."""
+    configs = {name: config for name, (config, _) in COMMANDS.items()}
+    config = tyro.extras.subcommand_cli_from_dict(
+        configs, prog="python -m benchmarks", args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    run = next(function for kind, function in COMMANDS.values() if type(config) is kind)
+    try:
+        run(config)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

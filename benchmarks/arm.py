@@ -1,0 +1,217 @@
+"""All cells of one arm: score, search, prune, evaluate, keeping what cells share."""
+
+from __future__ import annotations
+
+import copy
+import time
+import traceback
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.cells import UNPRUNED, Cell, environment, peak_memory_mb
+from benchmarks.cost import group_cost
+from benchmarks.criteria import find_criterion
+from benchmarks.evaluate import accuracy, reestimate_batchnorm
+from benchmarks.finetune import Recipe, finetune
+from benchmarks.prune import PruneConfig, Pruned, build_pruner, prune, size, widths
+from benchmarks.scores import FrozenScores, freeze
+from benchmarks.search import Found, find_ratio
+from benchmarks.tasks import Batch, Task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything of the protocol that does not vary between cells."""
+
+    calibration_images: int
+    test_images: int
+    split: str
+    batch_size: int
+    tolerance: float
+    cost_exponent: float | None
+    prune: PruneConfig
+    recipe: Recipe
+    device: str
+
+
+@dataclass
+class Plan:
+    """A pruned network with how it was found, and its accuracy once known."""
+
+    pruned: Pruned | None
+    found: Found
+    rounding: str
+    seconds: float
+    accuracy: float | None = None
+
+
+@dataclass
+class ArmRunner:
+    """Runs cells of one task; scores, plans and MACs are computed once and shared where they are the same."""
+
+    task: Task
+    settings: Settings
+    _base: tuple[float, float] | None = None
+    _batches: dict[int, list[Batch]] = field(default_factory=dict)
+    _scores: dict[tuple, tuple[FrozenScores, dict[str, float]]] = field(default_factory=dict)
+    _memos: dict[tuple, dict[float, float]] = field(default_factory=dict)
+    _plans: dict[tuple, Plan] = field(default_factory=dict)
+
+    def run(self, cell: Cell) -> dict:
+        """Return the record of ``cell``; an exception becomes a record with ``status`` ``"failed"``."""
+        seconds: dict[str, float] = {}
+        record = {"cell": cell.__dict__ | {}, "status": "ok", "seconds": seconds}
+        try:
+            record |= self._unpruned(cell, seconds) if cell.criterion == UNPRUNED else self._pruned(cell, seconds)
+        except Exception as error:
+            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            record["traceback"] = traceback.format_exc().splitlines()[-12:]
+        return record | {"peak_memory_mb": round(peak_memory_mb(), 1), "environment": environment()}
+
+    def forget(self) -> None:
+        """Drop scores and plans of the arm that was run last; calibration images and local MACs stay."""
+        self._scores.clear()
+        self._plans.clear()
+        self._memos = {key: memo for key, memo in self._memos.items() if key[0] == "local"}
+
+    def base_size(self) -> tuple[float, float]:
+        """Return MACs and parameters of the unpruned network."""
+        if self._base is None:
+            self._base = size(self.task.model, self.task.example)
+        return self._base
+
+    def batches(self, seed: int) -> list[Batch]:
+        """Return the calibration batches of ``seed``."""
+        if seed not in self._batches:
+            self._batches[seed] = self.task.calibration(
+                seed, self.settings.calibration_images, self.settings.batch_size
+            )
+        return self._batches[seed]
+
+    def scores(self, name: str, cost: str, seed: int) -> tuple[FrozenScores, dict[str, float]]:
+        """Return the frozen scores of the criterion ``name`` and the seconds they took."""
+        arm = find_criterion(name)
+        key = (name, seed if arm.seeded else None)
+        if key not in self._scores:
+            self._scores[key] = self._score(name, seed)
+        scores, seconds = self._scores[key]
+        if cost == "none":
+            return scores, seconds
+        exponent = self.settings.cost_exponent
+        return scores.divided_by(self._costs(cost), arm.degree / 2 if exponent is None else exponent), seconds
+
+    def _score(self, name: str, seed: int) -> tuple[FrozenScores, dict[str, float]]:
+        model, seconds = copy.deepcopy(self.task.model), {}
+        pruner = build_pruner(model, self.task.example, self.task.ignored, lambda group: None)
+        batches = self.batches(seed)
+        with torch.random.fork_rng(devices=[]):
+            with _timed(seconds, "calibration"):
+                importance = find_criterion(name).build(model, pruner, batches, seed)
+            with _timed(seconds, "scoring"):
+                return freeze(importance, pruner, name), seconds
+
+    def _costs(self, unit: str) -> dict:
+        pruner = build_pruner(copy.deepcopy(self.task.model), self.task.example, self.task.ignored, lambda group: None)
+        return group_cost(pruner, self.task.example, unit)
+
+    def _plan(self, cell: Cell, scores: FrozenScores) -> Plan:
+        """Return the pruned network of ``cell``, made once for all seeds of a criterion without one."""
+        seed = cell.seed if find_criterion(cell.criterion).seeded else None
+        key = (cell.criterion, cell.cost, cell.scope, cell.target, seed)
+        if key not in self._plans:
+            begin = time.perf_counter()
+            # Local widths do not depend on the scores, only on which groups have any.
+            shared = ("local", scores.scored) if cell.scope == "local" else ("global", *key[:2], seed)
+            found, rounding, pruned = self._search(cell, scores, shared, stagger=False)
+            if not found.hit and cell.scope == "local":
+                retry = self._search(cell, scores, shared, stagger=True)
+                if retry[0].hit:
+                    found, rounding, pruned = retry
+            if pruned is None:
+                pruned = self._prune(scores, found.ratio, cell.scope, rounding == "staggered")
+            self._plans[key] = Plan(pruned, found, rounding, time.perf_counter() - begin)
+        return self._plans[key]
+
+    def _search(self, cell: Cell, scores: FrozenScores, shared: tuple, stagger: bool):
+        tried: dict[float, Pruned] = {}
+
+        def macs_at(ratio: float) -> float:
+            tried.clear()  # only the last one is worth its memory: the search ends at it, or it is made again
+            tried[ratio] = self._prune(scores, ratio, cell.scope, stagger)
+            return tried[ratio].macs / self.base_size()[0]
+
+        memo = self._memos.setdefault((*shared, stagger), {})
+        settings = self.settings
+        found = find_ratio(macs_at, cell.target, memo, settings.tolerance, settings.prune.max_pruning_ratio)
+        return found, "staggered" if stagger else "uniform", tried.get(found.ratio)
+
+    def _prune(self, scores: FrozenScores, ratio: float, scope: str, stagger: bool) -> Pruned:
+        task = self.task
+        return prune(task.model, task.example, task.ignored, scores, ratio, scope, self.settings.prune, stagger)
+
+    def _pruned(self, cell: Cell, seconds: dict[str, float]) -> dict:
+        scores, spent = self.scores(cell.criterion, cell.cost, cell.seed)
+        seconds |= spent
+        plan = self._plan(cell, scores)
+        seconds["pruning"] = plan.seconds
+        base_macs, base_params = self.base_size()
+        pruned = plan.pruned
+        if pruned.macs >= base_macs:
+            raise ArithmeticError(f"nothing was pruned: no ratio brings the MACs below the unpruned network's")
+        kept = pruned.widths
+        record = {
+            "hit": plan.found.hit,
+            "ratio": plan.found.ratio,
+            "rounding": plan.rounding,
+            "tries": plan.found.tries,
+            "macs": pruned.macs,
+            "macs_fraction": pruned.macs / base_macs,
+            "params": pruned.params,
+            "params_fraction": pruned.params / base_params,
+            "widths": kept,
+            "min_width": min(kept.values()),
+        }
+        if not plan.found.hit:
+            return record | {"accuracy": {}}
+        if plan.accuracy is None:
+            with _timed(seconds, "evaluation"):
+                plan.accuracy = self._accuracy(pruned.model)
+        return record | {"accuracy": {"pruned": plan.accuracy} | self._after(pruned.model, cell, seconds)}
+
+    def _unpruned(self, cell: Cell, seconds: dict[str, float]) -> dict:
+        kept = widths(self.task.model)
+        macs, params = self.base_size()
+        with _timed(seconds, "evaluation"):
+            as_is = self._accuracy(copy.deepcopy(self.task.model))
+        sizes = {"macs": macs, "macs_fraction": 1.0, "params": params, "params_fraction": 1.0}
+        accuracies = {"pruned": as_is} | self._after(self.task.model, cell, seconds)
+        return sizes | {"hit": True, "widths": kept, "min_width": min(kept.values()), "accuracy": accuracies}
+
+    def _after(self, model: torch.nn.Module, cell: Cell, seconds: dict[str, float]) -> dict[str, float]:
+        """Return the accuracy after BatchNorm re-estimation and, from the network as pruned, after fine-tuning."""
+        settings, result = self.settings, {}
+        recalibrated = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        with _timed(seconds, "batchnorm"):
+            reestimate_batchnorm(recalibrated, self.batches(cell.seed), settings.device)
+            result["bn"] = self._accuracy(recalibrated)
+        if settings.recipe.epochs > 0:
+            tuned = copy.deepcopy(model)
+            with _timed(seconds, "finetune"):
+                finetune(tuned, self.task, settings.recipe, cell.seed, settings.device)
+                result["finetuned"] = self._accuracy(tuned)
+        return result
+
+    def _accuracy(self, model: torch.nn.Module) -> float:
+        settings = self.settings
+        images: Iterable[Batch] = self.task.evaluation(settings.split, settings.test_images, settings.batch_size)
+        return accuracy(copy.deepcopy(model).to(memory_format=torch.channels_last), images, settings.device)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str):
+    begin = time.perf_counter()
+    yield
+    seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - begin, 3)

@@ -1,0 +1,1 @@
+"""Networks of the benchmark's own tasks, and reading of their checkpoints."""

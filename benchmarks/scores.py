@@ -1,0 +1,91 @@
+"""Importance scores, computed once on the unpruned network and frozen.
+
+A criterion is evaluated once per calibration seed. The resulting scores serve every MACs target, both scopes and all
+tries of the search for the right ratio, each on its own copy of the network: groups are found again by the name of
+their root layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch_pruning as tp
+from torch import Tensor
+
+GroupKey = tuple[str, bool]
+"""Name of a group's root layer, and whether the root prunes its outputs."""
+
+
+def group_key(group) -> GroupKey:
+    """Return the name of the root layer of ``group`` and whether the group prunes that layer's outputs."""
+    root = group[0].dep
+    graph = group._DG
+    return graph._module2name[root.target.module], graph.is_out_channel_pruning_fn(root.handler)
+
+
+def prunable_groups(pruner) -> Iterator:
+    """Yield the groups that ``pruner`` would rank, each over all channels of its root."""
+    yield from pruner.DG.get_all_groups(
+        ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
+    )
+
+
+@dataclass(frozen=True)
+class FrozenScores(tp.importance.Importance):
+    """An importance that returns recorded scores.
+
+    Args:
+        scores: For each group one score per channel of its root, higher = keep; None where the criterion has none.
+        source: Name of the criterion, for messages.
+    """
+
+    scores: dict[GroupKey, Tensor | None]
+    source: str = "criterion"
+
+    def __call__(self, group, **kwargs) -> Tensor | None:
+        """Return the recorded scores of ``group``."""
+        key = group_key(group)
+        if key not in self.scores:
+            raise LookupError(f"{self.source}: no scores for the group of {key[0]!r}; was it frozen on another network?")
+        scores = self.scores[key]
+        if scores is not None and len(scores) != len(group[0].idxs):
+            raise LookupError(
+                f"{self.source}: {len(scores)} scores for {len(group[0].idxs)} channels of {key[0]!r}; "
+                "frozen scores rank full groups of the unpruned network only"
+            )
+        return scores
+
+    def divided_by(self, costs: dict[GroupKey, float], exponent: float) -> FrozenScores:
+        """Return the scores of each group divided by ``(cost per channel / mean cost) ** exponent``."""
+        mean = sum(costs.values()) / len(costs)
+        scaled = {k: None if s is None else s / (costs[k] / mean) ** exponent for k, s in self.scores.items()}
+        return FrozenScores(scaled, self.source)
+
+    @property
+    def scored(self) -> frozenset[GroupKey]:
+        """The groups that have scores at all."""
+        return frozenset(key for key, scores in self.scores.items() if scores is not None)
+
+
+def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenScores:
+    """Evaluate ``importance`` on every group of ``pruner`` and check what came out.
+
+    Raises:
+        ArithmeticError: A score is not finite, or there are fewer or more scores than channels.
+    """
+    scores: dict[GroupKey, Tensor | None] = {}
+    for group in prunable_groups(pruner):
+        key, channels = group_key(group), len(group[0].idxs)
+        with torch.no_grad():
+            result = importance(group)
+        if result is not None:
+            result = result.detach().float().cpu().clone()
+            if result.shape != (channels,):
+                raise ArithmeticError(f"{source}: shape {tuple(result.shape)} for {channels} channels of {key[0]!r}")
+            if not result.isfinite().all():
+                bad = int((~result.isfinite()).sum())
+                raise ArithmeticError(f"{source}: {bad} of {channels} scores of {key[0]!r} are not finite")
+        scores[key] = result
+    return FrozenScores(scores, source)

@@ -1,0 +1,467 @@
+"""The calibration interface every criterion of this package shares: observe, calibrate, and what they keep."""
+
+from __future__ import annotations
+
+import abc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from .errors import NotCalibratedError, ObservationError, StaleStatisticsError
+from .groups import GroupRecord, Layer, check_widths, graph_of, group_key, groups_of, read_group
+from .guard import preserved
+from .statistics import Sums
+
+Self = TypeVar("Self", bound="Calibrated")
+LossFn = Callable[[Any, Any], Tensor]
+
+
+class Observation(Protocol):
+    """What watches the model while a user's loop runs."""
+
+    sums: Sums
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *exc: Any) -> None: ...
+    def finish(self) -> None:
+        """Called after a loop without errors, with all hooks gone."""
+
+
+class Calibrated(abc.ABC):
+    """Base of criteria whose scores are functions of sums gathered over a calibration set.
+
+    Every ``observe`` (and every ``calibrate``) starts anew; use :meth:`merge` to add calibrations up. An
+    exception inside leaves the previous statistics in place.
+    """
+
+    needs_gradients = True
+
+    def __init__(self) -> None:
+        self._sums: Sums | None = None
+        self._records: dict[str, GroupRecord] = {}
+        self._model: weakref.ref[nn.Module] | None = None
+        self._weights: dict[str, weakref.ref[Tensor]] = {}
+        self._cache: dict[str, Tensor] = {}
+
+    # -- to be filled in by a criterion ------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _observation(
+        self,
+        model: nn.Module,
+        groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
+        **options: Any,
+    ) -> Observation:
+        """Make the object that watches ``model``; ``groups`` gives the records at the first call."""
+
+    @abc.abstractmethod
+    def _commit(self, observation: Any) -> None:
+        """Take over what a criterion keeps besides sums."""
+
+    @abc.abstractmethod
+    def _default_loss(self) -> LossFn:
+        """The loss of ``calibrate`` when the user gives none."""
+
+    # -- calibration -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def observe(self: Self, target: Any, **options: Any) -> Iterator[Self]:
+        """Watch the model while your own loop runs.
+
+        Args:
+            target: a ``torch_pruning`` pruner or ``DependencyGraph``; or a model, whose groups are then traced
+                from the first batch.
+            **options: of the criterion; see its ``observe`` or class docstring.
+
+        Yields:
+            This object.
+
+        Raises:
+            ObservationError: what the loop did cannot be used; the message says what to change.
+            TypeError: ``target`` is none of the above.
+
+        On exit, also after an exception, hooks, ``.grad``, buffers, ``requires_grad`` and train/eval flags of
+        the model are as before. An optimizer step inside does nothing: there are no gradients to step along.
+        """
+        graph = graph_of(target)
+        if graph is None and not isinstance(target, nn.Module):
+            raise TypeError(
+                "observe() needs a torch_pruning pruner, a DependencyGraph or an nn.Module, "
+                f"not {type(target).__name__}"
+            )
+        model: nn.Module = graph.model if graph is not None else target
+        if hasattr(model, "_orig_mod"):
+            raise ObservationError(
+                "the model is wrapped by torch.compile. Calibrate the original model (model._orig_mod) and "
+                "compile the pruned one."
+            )
+        records: dict[str, GroupRecord] = {}
+
+        def groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[GroupRecord]:
+            for group in groups_of(target if graph is not None else _trace(model, args, kwargs)):
+                record = read_group(group)
+                records[record.key] = record
+            return records.values()
+
+        with preserved(model):
+            observation = self._observation(model, groups, **options)
+            with observation:
+                yield self
+        observation.finish()
+        if not observation.sums.all_finite():
+            raise ObservationError(
+                "the statistics hold NaN or inf: a loss or an activation was not finite during calibration. "
+                "Check the loss and the inputs; under fp16 autocast use bf16 or a smaller loss scale."
+            )
+        observation.sums.all_reduce()
+        self._commit(observation)
+        self._sums = observation.sums
+        self._records = records
+        self._cache = {}
+        self._model = weakref.ref(model)
+        self._weights = {n: weakref.ref(w) for n, w in _weights_of(model, records.values()).items()}
+
+    def calibrate(
+        self: Self,
+        target: Any,
+        loader: Iterable[Any],
+        loss_fn: LossFn | None = None,
+        max_samples: int | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> Self:
+        """Run the calibration loop: ``observe`` in one call, with the model in eval mode.
+
+        Args:
+            target: as for :meth:`observe`.
+            loader: iterable of ``(inputs, targets)`` batches, or of inputs alone where no targets are needed.
+                ``inputs`` is a tensor, a tuple of positional or a dict of keyword arguments; tensors are moved
+                to the model's device.
+            loss_fn: ``(outputs, targets) -> scalar``, averaged over the batch; ``None`` takes the criterion's
+                own loss.
+            max_samples: stop after so many samples; the last batch is cut.
+            progress: show a progress bar if tqdm is installed.
+            **options: passed on to :meth:`observe`.
+
+        Returns:
+            This object.
+
+        Raises:
+            ValueError: the loader is empty, or ``loss_fn`` does not return a scalar tensor.
+            ObservationError: see :meth:`observe`.
+        """
+        graph = graph_of(target)
+        model: nn.Module = graph.model if graph is not None else target
+        loss_fn = loss_fn or self._default_loss()
+        seen = 0
+        with self.observe(target, **options):
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            model.eval()
+            for batch in _with_progress(loader, progress, type(self).__name__):
+                inputs, targets = _unpack(batch)
+                size = _rows(inputs)
+                if max_samples is not None and seen + size > max_samples:
+                    inputs, targets = (_cut(v, max_samples - seen) for v in (inputs, targets))
+                    size = max_samples - seen
+                if size == 0:
+                    break
+                seen += size
+                self._run(model, _moved(inputs, device), _moved(targets, device), loss_fn)
+                if seen == max_samples:
+                    break
+            if seen == 0:
+                raise ValueError("the loader is empty: calibration needs at least one batch of samples.")
+        return self
+
+    def _run(self, model: nn.Module, inputs: Any, targets: Any, loss_fn: LossFn) -> None:
+        """Forward, and backward where the criterion needs it."""
+        if not self.needs_gradients:
+            with torch.no_grad():
+                _call(model, inputs)
+            return
+        with torch.enable_grad():
+            loss = loss_fn(_call(model, inputs), targets)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(
+                    f"loss_fn returned {what}; it must return one number, the mean over the batch."
+                )
+            if not loss.requires_grad:
+                raise ObservationError(
+                    "the loss does not depend on the model's activations: it was detached, or the model ran "
+                    "under torch.no_grad()."
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    # -- what is kept ------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all statistics."""
+        self._sums, self._records, self._cache = None, {}, {}
+        self._model, self._weights = None, {}
+
+    def merge(self, other: Calibrated) -> None:
+        """Add the statistics of another object, calibrated on other data with the same model and settings.
+
+        Raises:
+            NotCalibratedError: ``other`` holds no statistics.
+            ValueError: settings or groups differ.
+        """
+        if other._sums is None:
+            raise NotCalibratedError("the other object holds no statistics to merge: calibrate it first.")
+        if type(other) is not type(self) or other._settings() != self._settings():
+            raise ValueError(f"settings differ: {self._settings()} and {other._settings()}")
+        if self._sums is None:
+            self.load_state_dict(other.state_dict())
+            return
+        if {k: r.width for k, r in self._records.items()} != {k: r.width for k, r in other._records.items()}:
+            raise ValueError("the two were calibrated on models with different groups or widths.")
+        self._sums.merge(other._sums)
+        self._cache = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics and groups, of plain types and CPU tensors (``torch.load(..., weights_only=True)``).
+
+        Raises:
+            NotCalibratedError: there is nothing to save.
+        """
+        if self._sums is None:
+            raise NotCalibratedError(self._how_to_calibrate())
+        return {
+            "settings": self._settings(),
+            "sums": self._sums.state_dict(),
+            "groups": [_pack_record(record) for record in self._records.values()],
+            "extra": self._extra_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, here or in another process.
+
+        Raises:
+            ValueError: the state was made with other settings.
+        """
+        if state["settings"] != self._settings():
+            raise ValueError(
+                f"the state was made with {state['settings']}, this object has {self._settings()}. Make it with "
+                "the same settings."
+            )
+        self.reset()
+        self._sums = Sums({name: value.clone() for name, value in state["sums"].items()})
+        records = [_unpack_record(packed) for packed in state["groups"]]
+        self._records = {record.key: record for record in records}
+        self._load_extra_state(state["extra"])
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be equal for statistics to be added up: plain types only."""
+        return {"class": type(self).__name__}
+
+    def _extra_state(self) -> Any:
+        return None
+
+    def _load_extra_state(self, extra: Any) -> None:
+        return None
+
+    # -- finding a group again ---------------------------------------------------------------------------------
+
+    def _lookup(self, group: Any) -> tuple[GroupRecord, Tensor] | None:
+        """The record that ``group`` belongs to and the position in it of each of the group's channels.
+
+        Returns:
+            ``None`` where the group has no producer.
+
+        Raises:
+            NotCalibratedError, StaleStatisticsError: the statistics do not cover the group.
+        """
+        current = read_group(group)
+        if not current.producers:
+            return None
+        if self._sums is None:
+            raise NotCalibratedError(self._how_to_calibrate())
+        record = self._records.get(current.key) or self._record_holding(current)
+        if record is None:
+            raise NotCalibratedError(
+                f"group {current.key!r} was not part of the calibration: its layers were ignored by the pruner, "
+                "or the graph is another one. Calibrate with the pruner (or graph) that asks for scores."
+            )
+        check_widths(record, current)
+        self._check_weights(group._DG.model, current)
+        if record.key == group_key(group):
+            positions = torch.tensor(group[0][1], dtype=torch.long)
+        else:
+            positions = _match(record, current)
+        if positions.numel() and int(positions.max()) >= record.width:
+            raise StaleStatisticsError(
+                f"group {current.key!r} asks for channel {int(positions.max())} of {record.width}: the model has "
+                "changed since calibration. Calibrate again."
+            )
+        return record, positions
+
+    def _record_holding(self, current: GroupRecord) -> GroupRecord | None:
+        names = {layer.name for layer in current.producers}
+        for record in self._records.values():
+            if names <= {layer.name for layer in record.producers}:
+                return record
+        return None
+
+    def _check_weights(self, model: nn.Module, current: GroupRecord) -> None:
+        if self._model is None or self._model() is not model:
+            return  # a copy of the model, or statistics loaded from a file: widths are all that can be compared
+        now = _weights_of(model, [current])
+        changed = next(
+            (n for n, w in now.items() if n in self._weights and self._weights[n]() is not w), None
+        )
+        if changed is not None:
+            raise StaleStatisticsError(
+                f"the weight of {changed!r} was replaced since calibration: the model has been pruned. Calibrate "
+                "again before the next step."
+            )
+
+    def _how_to_calibrate(self) -> str:
+        return (
+            f"{type(self).__name__} has no statistics yet. Before pruner.step(), run\n"
+            "    importance.calibrate(pruner, loader)\n"
+            "or, around your own loop,\n"
+            "    with importance.observe(pruner):\n"
+            "        for images, labels in loader:\n"
+            "            loss_fn(model(images), labels).backward()"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Object identities mean nothing in another process or in a copy.
+        return {**self.__dict__, "_weights": {}, "_model": None}
+
+
+def _weights_of(model: nn.Module, records: Iterable[GroupRecord]) -> dict[str, Tensor]:
+    names = {layer.name for record in records for layer in record.producers}
+    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in names}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
+def _match(record: GroupRecord, current: GroupRecord) -> Tensor:
+    """Positions in ``record`` of the channels of ``current``, a group of the same layers rooted elsewhere."""
+    positions = torch.full((current.width,), -1, dtype=torch.long)
+    known = {layer.name: layer for layer in record.producers}
+    for layer in current.producers:
+        then = known[layer.name]
+        lookup = torch.full((layer.channels,), -1, dtype=torch.long)
+        lookup[then.index] = then.root
+        positions[layer.root] = torch.maximum(positions[layer.root], lookup[layer.index])
+    if (positions < 0).any():
+        raise NotCalibratedError(
+            f"group {current.key!r} holds channels that group {record.key!r} of the calibration does not. "
+            "Calibrate with the pruner (or graph) that asks for scores."
+        )
+    return positions
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dependency graph of a bare model, from one sample of its first batch."""
+    args, kwargs = _cut(args, 1), _cut(kwargs, 1)
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(True)  # TP follows autograd: frozen layers would be invisible
+        return tp.DependencyGraph().build_dependency(
+            model, example_inputs=None, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False
+        )
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _unpack(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        if len(batch) == 1:
+            return batch[0], None
+        raise ValueError(
+            f"a batch of {len(batch)} parts is ambiguous: give (inputs, targets), with inputs a tuple if the "
+            "model takes several."
+        )
+    return batch, None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(_tensors(v) for v in value.values())
+    elif isinstance(value, (tuple, list)):
+        yield from chain.from_iterable(_tensors(v) for v in value)
+
+
+def _rows(inputs: Any) -> int:
+    first = next((t for t in _tensors(inputs) if t.dim() > 0), None)
+    if first is None:
+        raise ValueError("the loader's batches hold no input tensor with a batch dimension.")
+    return first.shape[0]
+
+
+def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, Mapping):
+        return {key: _map(v, fn) for key, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(v, fn) for v in value)
+    return value
+
+
+def _cut(value: Any, samples: int) -> Any:
+    return _map(value, lambda t: t[:samples] if t.dim() else t)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return _map(value, lambda t: t.to(device, non_blocking=True))
+
+
+def _with_progress(loader: Iterable[Any], progress: bool, title: str) -> Iterable[Any]:
+    if not progress:
+        return loader
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return loader
+    bar: Iterable[Any] = tqdm(loader, desc=title, unit="batch", leave=False)
+    return bar
+
+
+def _pack_record(record: GroupRecord) -> dict[str, Any]:
+    def pack(layers: Iterable[Layer]) -> list[dict[str, Any]]:
+        return [dict(name=x.name, index=x.index, root=x.root, channels=x.channels) for x in layers]
+
+    return {
+        "key": record.key,
+        "width": record.width,
+        "producers": pack(record.producers),
+        "consumers": pack(record.consumers),
+        "problems": list(record.problems),
+    }
+
+
+def _unpack_record(packed: Mapping[str, Any]) -> GroupRecord:
+    return GroupRecord(
+        packed["key"],
+        packed["width"],
+        tuple(Layer(**x) for x in packed["producers"]),
+        tuple(Layer(**x) for x in packed["consumers"]),
+        tuple(packed["problems"]),
+    )

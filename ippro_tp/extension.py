@@ -1,0 +1,160 @@
+r"""The extension layer psi of IPPRO (Eq. 5) and the taps that read its gradient.
+
+:math:`\psi(x) = D x - \bar D x + \sigma(x)` with :math:`D = \bar D = \mathrm{diag}\lVert F_i\rVert` and
+:math:`\bar D` constant: the output is :math:`\sigma(x)`, and the gradient with respect to D is
+:math:`d_i = \sum g\,x` over batch and positions, g the gradient at the output. Nothing but d is ever read, so
+:class:`Tap` computes d inside the backward pass and leaves the forward values alone to the bit;
+:class:`LiteralExtension` is the layer as the paper writes it, the reference the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import ObservationError
+
+
+class LiteralExtension(nn.Module):
+    r"""Eq. 5 with real parameters: :math:`\psi(x) = D x - \bar D x + \sigma(x)`.
+
+    Args:
+        sigma: the activation that is replaced.
+        norms: ``(channels,)`` filter norms, the value of D and of its frozen copy.
+        axis: the channel axis of x.
+
+    Example:
+        >>> psi = LiteralExtension(torch.relu, torch.ones(2))
+        >>> x = torch.tensor([[-1.0, 2.0]])
+        >>> psi(x)
+        tensor([[0., 2.]], grad_fn=<AddBackward0>)
+        >>> psi(x).sum().backward(); psi.D.grad
+        tensor([-1.,  2.])
+    """
+
+    def __init__(self, sigma: Callable[[Tensor], Tensor], norms: Tensor, axis: int = 1) -> None:
+        super().__init__()
+        self.sigma = sigma
+        self.axis = axis
+        self.D = nn.Parameter(norms.detach().clone())
+        self.D_bar: Tensor
+        self.register_buffer("D_bar", norms.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the extended activation to ``x``, whose ``axis`` has one entry a channel."""
+        shape = [1] * x.dim()
+        shape[self.axis] = -1
+        return self.D.view(shape) * x - self.D_bar.view(shape) * x + self.sigma(x)
+
+
+def sample_sums(grad: Tensor, value: Tensor, axis: int, batch: int) -> Tensor:
+    """Sum ``grad * value`` over all positions, for each sample and channel.
+
+    Args:
+        grad: gradient, any floating dtype.
+        value: tensor of the same shape.
+        axis: the channel axis (not 0).
+        batch: number of samples. Dimension 0 may hold several rows a sample, batch-major, as in windowed
+            attention; they are summed.
+
+    Returns:
+        ``(batch, channels)``, float32 or wider.
+
+    Raises:
+        ObservationError: dimension 0 is not a multiple of ``batch``.
+
+    Example:
+        >>> sample_sums(torch.ones(2, 3, 4), torch.ones(2, 3, 4), axis=1, batch=2)
+        tensor([[4., 4., 4.],
+                [4., 4., 4.]])
+    """
+    if grad.dtype in (torch.float16, torch.bfloat16):
+        grad, value = grad.float(), value.float()
+    rest = [i for i in range(1, grad.dim()) if i != axis % grad.dim()]
+    sums = (grad * value).sum(rest) if rest else grad * value
+    if sums.shape[0] == batch:
+        return sums
+    if sums.shape[0] % batch:
+        raise ObservationError(
+            f"a layer sees {sums.shape[0]} rows for a batch of {batch} samples, so its gradients cannot be "
+            "told apart by sample. Put the batch in dimension 0 of the model's first input."
+        )
+    return sums.view(batch, -1, sums.shape[1]).sum(1)
+
+
+class Tap:
+    r"""The extension at one call: sends ``(batch, channels)`` sums of :math:`g\,x` to ``sink`` on backward.
+
+    Args:
+        value: x, the input of sigma; for sigma = identity the output itself.
+        output: sigma(x), whose gradient is read.
+        axis: channel axis of both.
+        batch: number of samples.
+        sink: called once for every backward pass through ``output``.
+        name: what to call this place in errors.
+    """
+
+    def __init__(
+        self, value: Tensor, output: Tensor, axis: int, batch: int, sink: Callable[[Tensor], None], name: str
+    ) -> None:
+        self.axis, self.batch, self.name = axis, batch, name
+        self._sink = sink
+        self._value: Tensor | None = value.detach()
+        self._version = value._version
+        self._handle: RemovableHandle = output.register_hook(self._on_grad)
+
+    @property
+    def storage(self) -> int:
+        """Address of the memory that ``value`` lives in, to notice that it is about to be overwritten."""
+        return self._value.untyped_storage().data_ptr() if self._value is not None else 0
+
+    def copy_value(self) -> None:
+        """Keep a private copy of x: an in-place operation is about to overwrite it."""
+        if self._value is not None:
+            self._value = self._value.clone()
+            self._version = self._value._version
+
+    def close(self) -> None:
+        """Forget x and read no further gradient. May be called twice."""
+        self._value = None
+        self._handle.remove()
+
+    def _on_grad(self, grad: Tensor) -> None:
+        value = self._value
+        if value is None:
+            return
+        if value._version != self._version:
+            raise ObservationError(
+                f"the output of {self.name} was overwritten by an in-place operation that cannot be seen from "
+                "Python (a scripted or custom op). Run the calibration with its plain PyTorch version."
+            )
+        with torch.no_grad():
+            self._sink(sample_sums(grad, value, self.axis, self.batch))
+
+
+class _Root(torch.autograd.Function):
+    """Make a tensor part of the graph although no parameter before it requires grad."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return None, None
+
+
+def require_grad(x: Tensor) -> Tensor:
+    """Return ``x`` as a non-leaf tensor that requires grad, so that in-place operations may follow.
+
+    Example:
+        >>> require_grad(torch.ones(2)).relu_().requires_grad
+        True
+    """
+    if x.requires_grad:
+        return x
+    out: Tensor = _Root.apply(x, torch.empty((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return out

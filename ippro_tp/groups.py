@@ -1,0 +1,195 @@
+"""Reading Torch-Pruning's groups: which layers share channels, as index tensors. The only walk over a group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .errors import StaleStatisticsError
+
+# Normalisations that work channel by channel (or on few channels): they take the scale of the filter before
+# them away, so the affine parameters after them are the filter. A LayerNorm mixes all channels and is none.
+CHANNEL_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
+NOT_PRODUCERS = (nn.LayerNorm, nn.PReLU)
+
+
+class Graph(Protocol):
+    """What is used of ``torch_pruning.DependencyGraph``."""
+
+    model: nn.Module
+    _module2name: dict[nn.Module, str]
+
+    def get_all_groups(self, ignored_layers: list[nn.Module], root_module_types: Any) -> Iterator[Any]: ...
+    def is_out_channel_pruning_fn(self, fn: Any) -> bool: ...
+    def is_in_channel_pruning_fn(self, fn: Any) -> bool: ...
+    def get_out_channels(self, module: nn.Module) -> int | None: ...
+    def get_in_channels(self, module: nn.Module) -> int | None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer's part in a group.
+
+    Attributes:
+        name: dotted module name.
+        index: ``(k,)`` int64, channels of this layer that belong to the group.
+        root: ``(k,)`` int64, the position in the group (0..width-1) of each of them.
+        channels: the layer's number of channels on that side when the group was read.
+    """
+
+    name: str
+    index: Tensor
+    root: Tensor
+    channels: int
+
+    @property
+    def aligned(self) -> bool:
+        """Whether channel i of the layer is position i of the group, so that no indexing is needed."""
+        return self.index.numel() == self.channels and bool(
+            torch.equal(self.index, self.root) and torch.equal(self.index, torch.arange(self.channels))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRecord:
+    """One dependency group, by names and index tensors.
+
+    Attributes:
+        key: root layer and side, for example ``"layer1.0.conv1.out"``.
+        width: number of positions, ``len(group[0].idxs)``.
+        producers: layers whose output channels belong to the group (Conv, Linear, channel norms, ...).
+        consumers: Conv and Linear layers whose input channels belong to it.
+        problems: index maps of Torch-Pruning that cannot be right and were left out, in words.
+    """
+
+    key: str
+    width: int
+    producers: tuple[Layer, ...]
+    consumers: tuple[Layer, ...]
+    problems: tuple[str, ...] = ()
+
+
+def group_key(group: Any) -> str:
+    """Name the root of a group, for example ``"conv1.out"``."""
+    graph: Graph = group._DG
+    dep = group[0][0]
+    side = "out" if graph.is_out_channel_pruning_fn(dep.handler) else "in"
+    return f"{graph._module2name[dep.target.module]}.{side}"
+
+
+def _positions(roots: list[int | None], root_idxs: list[int]) -> tuple[Tensor, Tensor]:
+    """Where each entry of ``roots`` stands in ``root_idxs``: ``(kept entries, positions)``."""
+    root = torch.tensor([-1 if r is None else r for r in roots] if None in roots else roots, dtype=torch.long)
+    lookup = torch.full((max(root_idxs, default=0) + 1,), -1, dtype=torch.long)
+    lookup[torch.tensor(root_idxs, dtype=torch.long)] = torch.arange(len(root_idxs))
+    inside = (root >= 0) & (root < lookup.numel())
+    position = torch.where(inside, lookup[root.clamp(0, lookup.numel() - 1)], -1)
+    kept = (position >= 0).nonzero().view(-1)
+    return kept, position[kept]
+
+
+def read_group(group: Any) -> GroupRecord:
+    """Turn a ``torch_pruning`` group, full or partial, into index tensors.
+
+    Args:
+        group: a ``tp.dependency.Group``; it is not modified.
+
+    Returns:
+        The record. ``index`` and ``root`` live on the CPU.
+    """
+    graph: Graph = group._DG
+    root_idxs = list(group[0][1])
+    producers: dict[str, Layer] = {}
+    consumers: dict[str, Layer] = {}
+    problems: list[str] = []
+    for item in group:
+        dep, idxs = item
+        module = dep.target.module
+        roots = getattr(item, "root_idxs", None)
+        if not isinstance(module, nn.Module) or module not in graph._module2name or not idxs or not roots:
+            continue
+        out = graph.is_out_channel_pruning_fn(dep.handler)
+        elementwise = out and graph.is_in_channel_pruning_fn(dep.handler)
+        produces = (
+            out
+            and not isinstance(module, NOT_PRODUCERS)
+            and (not elementwise or isinstance(module, (*CHANNEL_NORMS, _ConvNd)))
+        )
+        consumes = not out and isinstance(module, (_ConvNd, nn.Linear))
+        if not produces and not consumes:
+            continue
+        name = graph._module2name[module]
+        channels = (graph.get_out_channels if out else graph.get_in_channels)(module)
+        if channels is None or max(idxs) >= channels:
+            problems.append(f"{name}: index {max(idxs)} of {channels} channels")
+            continue
+        kept, position = _positions(roots, root_idxs)
+        index = torch.tensor(idxs, dtype=torch.long)[kept]
+        (producers if produces else consumers).setdefault(name, Layer(name, index, position, channels))
+    return GroupRecord(
+        group_key(group),
+        len(root_idxs),
+        tuple(producers.values()),
+        tuple(consumers.values()),
+        tuple(problems),
+    )
+
+
+def graph_of(target: Any) -> Graph | None:
+    """The dependency graph of a pruner, or the graph itself; ``None`` for anything else."""
+    graph = getattr(target, "DG", target)
+    return graph if isinstance(graph, tp.DependencyGraph) else None
+
+
+def groups_of(target: Any) -> Iterator[Any]:
+    """All groups that a pruner's ``step()`` will score, rooted as it will root them.
+
+    Args:
+        target: a ``torch_pruning`` pruner or ``DependencyGraph``.
+
+    Yields:
+        Full groups. With ``num_heads`` an attention group is rooted at the layer after it, as TP does.
+    """
+    graph = graph_of(target)
+    if graph is None:
+        raise TypeError(f"expected a torch_pruning pruner or DependencyGraph, got {type(target).__name__}")
+    ignored = list(getattr(target, "ignored_layers", []))
+    types = getattr(target, "root_module_types", [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, tp.ops.TORCH_LSTM])
+    for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=types):
+        if hasattr(target, "_is_atten_group") and target._is_atten_group(group)[0]:
+            group = target._downstream_node_as_root_if_attention(group)
+            if group is None:
+                continue
+        yield group
+
+
+def check_widths(record: GroupRecord, current: GroupRecord) -> None:
+    """Make sure that the layers of ``record`` still have the channels they had.
+
+    Args:
+        record: the group as it was when statistics were gathered.
+        current: the group as it is now.
+
+    Raises:
+        StaleStatisticsError: a layer was pruned or replaced in between.
+    """
+    then = {layer.name: layer.channels for layer in record.producers}
+    for layer in current.producers:
+        if layer.name not in then:
+            raise StaleStatisticsError(
+                f"group {current.key!r} now holds {layer.name!r}, which was not in it during calibration: the "
+                "model has changed. Calibrate again."
+            )
+        if then[layer.name] != layer.channels:
+            raise StaleStatisticsError(
+                f"{layer.name!r} has {layer.channels} channels but had {then[layer.name]} during calibration: "
+                "the model has been pruned since. Calibrate again before the next step."
+            )

@@ -1,0 +1,295 @@
+"""PROImportance: the projective offset as an importance criterion for every Torch-Pruning pruner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .calibration import Calibrated, LossFn
+from .errors import NotCalibratedError, ObservationError
+from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
+from .flow import Label, Span
+from .groups import GroupRecord
+from .losses import SoftenedLabels, cross_entropy
+from .observer import Observer, Pass, Site
+from .report import GroupReport, Report
+from .statistics import Sums
+
+ESTIMATORS = ("expected", "paper")
+REDUCTIONS = ("joint", "mean", "sum", "max", "prod", "first")
+TARGETS = ("conv", "norm")
+LOSS_REDUCTIONS = ("mean", "sum")
+
+
+class GradientObservation:
+    """Runs an :class:`Observer` and lets an estimator turn each pass into sums.
+
+    Args:
+        model: the model that is calibrated.
+        groups: called with the arguments of the first forward pass; gives the groups.
+        estimator: decides what is tapped and what is added up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
+        estimator: Estimator,
+    ) -> None:
+        self.sums = Sums()
+        self._model, self._groups, self._estimator = model, groups, estimator
+        self._records: Sequence[GroupRecord] = ()
+        self._handles: list[RemovableHandle] = []
+        self._observer = Observer(
+            model, self._begin, self._add, estimator.taps_activations, estimator.taps_through_norms
+        )
+
+    def __enter__(self) -> GradientObservation:
+        self._observer.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._observer.__exit__(*exc)
+        for handle in self._handles:
+            handle.remove()
+        if exc[0] is None:
+            self._observer.flush()
+
+    def finish(self) -> None:
+        """Check that something was observed.
+
+        Raises:
+            ObservationError: no forward pass, or no backward pass, reached the model.
+        """
+        if self._observer.passes == 0:
+            raise ObservationError(
+                "the model was never called inside observe(). Call the model that the pruner was built on (for "
+                "DDP, prune and observe ddp.module)."
+            )
+        if len(self.sums) == 0:
+            raise ObservationError(
+                "no gradient reached the model inside observe(): call loss.backward() for each batch, with a "
+                "loss that depends on the model's output."
+            )
+
+    @property
+    def wiring(self) -> Wiring:
+        """What the forward passes showed."""
+        seen = frozenset(self._observer.seen)
+        return Wiring(self._observer.sites, self._observer.norm_of, seen)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        self._records = list(self._groups(args, kwargs))
+        names = list(dict.fromkeys(p.name for record in self._records for p in record.producers))
+        if not names:
+            raise ObservationError(
+                "there is no group to score: every prunable layer is ignored, or the model has none."
+            )
+        # Gradients of weights that nobody reads are not computed: only those of activations flow.
+        trained = self._estimator.trained_parameters(self._model, self._records)
+        for parameter in self._model.parameters():
+            parameter.requires_grad_(False)
+        for name, parameter in trained.items():
+            parameter.requires_grad_(True)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._take_grad(name)))
+        return names
+
+    def _take_grad(self, name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self.sums.add(f"grad/{name}", parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+    def _add(self, done: Pass) -> None:
+        with torch.no_grad():
+            self._estimator.update(self.sums, self._records, done)
+
+
+class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
+    r"""Importance of channels by the offset of their filters in projective space.
+
+    Source: IPPRO, arXiv 2507.14171; the estimator ``"expected"`` is this package's.
+
+    Args:
+        estimator: ``"expected"``: mean over samples of :math:`|F\cdot\nabla_n|` (default).
+            ``"paper"``: Eq. 4 on the accumulated gradient.
+        step_size: :math:`\lambda` of Eq. 3, for ``"paper"`` only; 0 is the limit.
+        group_reduction: ``"joint"`` (coupled filters are one point), or, over the scores of the coupled layers,
+            ``"mean"``, ``"sum"``, ``"max"``, ``"prod"``, ``"first"``.
+        normalizer: ``None``, or a name or callable of ``tp.importance.GroupMagnitudeImportance``. Scores of
+            ``"expected"`` are comparable across layers without.
+        target: for ``"paper"``: ``"conv"`` takes rows of convolutions as F, ``"norm"`` the (gamma, beta) of the
+            norm that follows, as the paper does in ResNets.
+        power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared.
+        seed: of the labels that ``calibrate`` draws when no loss is given.
+
+    Raises:
+        ValueError: an option is none of the above.
+
+    Example:
+        >>> import torch, torch_pruning as tp
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3),
+        ...     torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5))
+        >>> imp = PROImportance()
+        >>> pruner = tp.pruner.BasePruner(model, torch.randn(1, 3, 8, 8), importance=imp, pruning_ratio=0.5,
+        ...     ignored_layers=[model[5]])
+        >>> _ = imp.calibrate(pruner, [torch.randn(4, 3, 8, 8)], progress=False)
+        >>> pruner.step()
+        >>> model[0].out_channels, model[2].out_channels
+        (4, 2)
+    """
+
+    def __init__(
+        self,
+        estimator: str = "expected",
+        step_size: float = 0.01,
+        group_reduction: str = "joint",
+        normalizer: str | Callable[[Tensor], Tensor] | None = None,
+        target: str = "conv",
+        power: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("estimator", estimator, ESTIMATORS),
+            ("group_reduction", group_reduction, REDUCTIONS),
+            ("target", target, TARGETS),
+            ("power", power, (1, 2)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
+        if not step_size >= 0:
+            raise ValueError(f"step_size={step_size!r}; it must not be negative")
+        self.estimator, self.step_size, self.target = estimator, float(step_size), target
+        self.group_reduction, self.normalizer = group_reduction, normalizer
+        self.power, self.seed = power, seed
+        self._normalize = tp.importance.GroupMagnitudeImportance(normalizer=normalizer)._normalize
+        self._wiring = Wiring()
+
+    # -- scores ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self, group: Any, **_: Any) -> Tensor | None:
+        """Scores of a group's channels.
+
+        Args:
+            group: a ``torch_pruning`` group, full or partial.
+            **_: ignored; older versions of Torch-Pruning pass more.
+
+        Returns:
+            ``(len(group[0].idxs),)`` float32 on the device of the group's layers, finite, higher = keep; ``None``
+            only where the group has no producer.
+
+        Raises:
+            NotCalibratedError: there are no statistics for this group.
+            StaleStatisticsError: the model has been pruned since calibration.
+        """
+        found = self._lookup(group)
+        if found is None:
+            return None
+        record, positions = found
+        model: nn.Module = group._DG.model
+        scores = self._group_scores(record, model)
+        device = next(iter(model.get_submodule(record.producers[0].name).parameters()), scores).device
+        picked = self._normalize(scores.to(device)[positions.to(device)], self.normalizer)
+        # A normaliser divides by zero where all scores of a group are zero; there, all are equally unimportant.
+        return picked.float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
+
+    def _group_scores(self, record: GroupRecord, model: nn.Module) -> Tensor:
+        assert self._sums is not None
+        key = record.key
+        if (
+            self.estimator == "paper" or key not in self._cache
+        ):  # Eq. 4 reads the weights, which may be training
+            scores = self._make_estimator("mean").scores(
+                self._sums, record, self._wiring, self.group_reduction, model
+            )
+            self._cache[key] = scores.float()
+        return self._cache[key]
+
+    def report(self) -> Report:
+        """Per group: producers, where sigma was found, score range, ties and dead channels.
+
+        Raises:
+            NotCalibratedError: there are no statistics.
+            StaleStatisticsError: for ``"paper"``, the model has been pruned or deleted since calibration.
+        """
+        if self._sums is None:
+            raise NotCalibratedError(self._how_to_calibrate())
+        model = self._model() if self._model is not None else None
+        if model is None and self.estimator == "paper":
+            raise NotCalibratedError(
+                "the calibrated model is gone; Eq. 4 needs its weights to give a report."
+            )
+        estimator = self._make_estimator("mean")
+        rows = []
+        for record in self._records.values():
+            scores = self._group_scores(record, model if model is not None else nn.Module())
+            layers = estimator.layers(record, self._wiring)
+            sites = {p.name: self._wiring.site_of(p.name) for p in layers if p.name in self._wiring.seen}
+            unseen = tuple(p.name for p in record.producers if p.name not in self._wiring.seen)
+            rows.append(GroupReport.of(record, scores, sites, unseen))
+        return Report(tuple(rows))
+
+    # -- calibration -------------------------------------------------------------------------------------------
+
+    def _make_estimator(self, loss_reduction: str) -> Estimator:
+        if loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(f"loss_reduction={loss_reduction!r}; choose one of 'mean', 'sum'")
+        if self.estimator == "paper":
+            return PaperEstimator(self.step_size, self.target)
+
+        def scale(batch: int) -> float:
+            return float(batch) if loss_reduction == "mean" else 1.0
+
+        return ExpectedEstimator(self.power, self.group_reduction == "joint", scale)
+
+    def _observation(
+        self,
+        model: nn.Module,
+        groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
+        loss_reduction: str = "mean",
+        **options: Any,
+    ) -> GradientObservation:
+        if options:
+            raise TypeError(
+                f"unknown option {next(iter(options))!r}; observe() takes loss_reduction='mean'|'sum'"
+            )
+        return GradientObservation(model, groups, self._make_estimator(loss_reduction))
+
+    def _commit(self, observation: GradientObservation) -> None:
+        self._wiring = observation.wiring
+
+    def _default_loss(self) -> LossFn:
+        return cross_entropy if self.estimator == "paper" else SoftenedLabels(seed=self.seed)
+
+    def _settings(self) -> dict[str, Any]:
+        settings = {"class": type(self).__name__, "estimator": self.estimator}
+        if self.estimator == "paper":
+            return {**settings, "target": self.target}
+        return {**settings, "power": self.power, "joint": self.group_reduction == "joint"}
+
+    def _extra_state(self) -> dict[str, Any]:
+        sites = [
+            {
+                "name": site.name,
+                "axis": site.label.axis,
+                "spans": [[s.layer, s.start, s.count, s.at, s.repeat] for s in site.label.spans],
+            }
+            for site in self._wiring.sites
+        ]
+        return {"sites": sites, "norm_of": dict(self._wiring.norm_of), "seen": sorted(self._wiring.seen)}
+
+    def _load_extra_state(self, extra: Any) -> None:
+        sites = tuple(
+            Site(site["name"], Label(site["axis"], tuple(Span(*span) for span in site["spans"])))
+            for site in extra["sites"]
+        )
+        self._wiring = Wiring(sites, dict(extra["norm_of"]), frozenset(extra["seen"]))

@@ -1,0 +1,361 @@
+"""Watching forward and backward passes: places taps at producers and activations, and reads what they give.
+
+Nothing is written to the model. While an :class:`Observer` is entered, forward hooks tell which producer is
+running, and a ``TorchFunctionMode`` sees every call: it follows channels (:mod:`ippro_tp.flow`), finds the
+activation after each producer, and keeps a copy of a tapped tensor just before an in-place call overwrites it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from .errors import ObservationError
+from .extension import Tap, require_grad
+from .flow import ACTIVATIONS, ChannelFlow, Label, Span
+from .groups import CHANNEL_NORMS
+
+_NORM_CALLS = {"batch_norm", "instance_norm", "group_norm"}
+_INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation call, or the identity at a producer's output, that stands for sigma of some layers.
+
+    Attributes:
+        name: ``"relu #3"`` (third tapped activation of the forward pass), or the producer's name.
+        label: which channels of which layers lie along which axis of its input.
+    """
+
+    name: str
+    label: Label
+
+
+@dataclass(eq=False)
+class Pass:
+    """What one forward pass and its backward passes gave.
+
+    Attributes:
+        batch: number of samples.
+        outputs: per producer, ``(batch, channels)`` sums of g*y at its output.
+        activations: per site name, ``(batch, size of the channel axis)`` sums of g*x at the activation.
+        sites: the activation calls in order.
+        norm_of: producer -> channel norm that its output runs into before the next layer.
+        closed: already counted.
+    """
+
+    batch: int
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    activations: dict[str, Tensor] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    norm_of: dict[str, str] = field(default_factory=dict)
+    closed: bool = False
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What has to be the same in every forward pass."""
+        return tuple(self.sites), tuple(sorted(self.norm_of.items()))
+
+
+def batch_size(value: Any) -> int | None:
+    """Size of dimension 0 of the first tensor in (nested) arguments; the length of a list of images."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() else None
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        if (
+            len(value) > 0
+            and isinstance(value, list)
+            and all(isinstance(v, Tensor) and v.dim() == 3 for v in value)
+        ):
+            return len(value)
+        return next((n for v in value if (n := batch_size(v)) is not None), None)
+    return None
+
+
+def _channel_axis(module: nn.Module, output: Tensor) -> int:
+    """Convolutions and channel norms: 1. Everything else (Linear, Embedding, attention): the last axis."""
+    channels_second = isinstance(module, (nn.modules.conv._ConvNd, *CHANNEL_NORMS))
+    return 1 if channels_second else output.dim() - 1
+
+
+class Observer(TorchFunctionMode):
+    """Context in which forward and backward passes of ``model`` are turned into :class:`Pass` objects.
+
+    Args:
+        model: the module whose ``forward`` is called by the user's loop.
+        producers: ``(args, kwargs) -> names`` of the modules whose outputs are tapped; called once, with the
+            arguments of the first forward pass.
+        activations: tap activation calls as well (the extension layer of the paper).
+        through_norms: keep the tap at a layer although a channel norm follows it.
+        on_pass: receives each pass once all its backward passes are through.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        producers: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[str]],
+        on_pass: Callable[[Pass], None],
+        activations: bool = False,
+        through_norms: bool = False,
+    ) -> None:
+        super().__init__()
+        self._model = model
+        self._find_producers = producers
+        self._watching: bool | None = None  # None: not yet; False: looking for the producers
+        self._on_pass = on_pass
+        self._tap_activations = activations
+        self._through_norms = through_norms
+        self._handles: list[RemovableHandle] = []
+        self._norms: list[str | None] = []
+        self._pass: Pass | None = None
+        self._flow = ChannelFlow()
+        self._open: set[str] = set()  # layers whose sigma has not been met yet in this forward pass
+        self._taps: dict[str, list[Tap]] = {}
+        self._by_storage: dict[int, list[weakref.ref[Tap]]] = {}
+        self._dirty: list[Pass] = []
+        self._signature: tuple[object, ...] | None = None
+        self.sites: tuple[Site, ...] = ()
+        self.norm_of: dict[str, str] = {}
+        self.seen: set[str] = set()
+        self.passes = 0
+
+    # -- context ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Observer:
+        self._handles = [
+            self._model.register_forward_pre_hook(self._start, with_kwargs=True, prepend=True),
+            self._model.register_forward_hook(self._stop, always_call=True),
+        ]
+        super().__enter__()
+        return self
+
+    def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._watching = False
+        modules = dict(self._model.named_modules())
+        for name in self._find_producers(args, kwargs):
+            self._handles += [
+                modules[name].register_forward_pre_hook(self._enter_layer(name, modules[name])),
+                modules[name].register_forward_hook(self._leave_layer(name)),
+            ]
+        self._watching = True
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._end_forward()
+
+    def flush(self) -> None:
+        """Hand over every pass that has received gradients. Called between forward passes and at the end."""
+        for done in self._dirty:
+            done.closed = True
+            self._on_pass(done)
+        self._dirty = []
+
+    # -- forward ---------------------------------------------------------------------------------------------
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._watching is False:
+            return  # the model is being traced
+        self.flush()
+        if torch.compiler.is_compiling():
+            raise ObservationError(
+                "the model is compiled, so its layers cannot be watched. Calibrate the original model "
+                "(model._orig_mod) and compile the pruned one."
+            )
+        if not torch.is_grad_enabled():
+            raise ObservationError(
+                "the forward pass runs under torch.no_grad() or torch.inference_mode(), so no gradient can "
+                "flow. Call the model with gradients enabled inside observe()."
+            )
+        batch = batch_size((args, kwargs))
+        if not batch:
+            raise ObservationError("the model was called without a tensor that has a batch dimension.")
+        if self._watching is None:
+            self._watch(args, kwargs)
+        self._pass = Pass(batch)
+        self._flow = ChannelFlow()
+
+    def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current = self._pass
+        self._end_forward()
+        if current is None or output is None:
+            return
+        if self._signature is None:
+            self._signature = current.signature
+            self.sites, self.norm_of = tuple(current.sites), dict(current.norm_of)
+        elif self._signature != current.signature:
+            raise ObservationError(_difference(self.sites, tuple(current.sites)))
+        self.passes += 1
+
+    def _end_forward(self) -> None:
+        self._pass = None
+        self._norms = []
+        self._open = set()
+        self._taps = {}
+        self._by_storage = {}
+
+    def _enter_layer(self, name: str, module: nn.Module) -> Callable[..., None]:
+        is_norm = isinstance(module, CHANNEL_NORMS)
+
+        def hook(module: nn.Module, args: Any) -> None:
+            if self._pass is not None:
+                self._norms.append(name if is_norm else None)
+
+        return hook
+
+    def _leave_layer(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._pass is None or not self._norms:
+                return None
+            pending = self._norms.pop()
+            if isinstance(module, CHANNEL_NORMS) and pending is None:
+                return None  # tapped at its functional call already
+            first = output[0] if isinstance(output, tuple) else output
+            if not isinstance(first, Tensor) or not first.is_floating_point():
+                return None
+            if not torch.is_grad_enabled():
+                raise ObservationError(
+                    f"{name!r} runs under torch.no_grad() within the forward pass. If that is gradient "
+                    "checkpointing, use use_reentrant=False; otherwise enable gradients."
+                )
+            if isinstance(module, CHANNEL_NORMS):
+                return self._norm_output(name, args[0], first)
+            tapped = require_grad(first)
+            axis = _channel_axis(module, tapped)
+            self._flow.set(tapped, Label(axis, (Span(name, 0, tapped.shape[axis]),)))
+            self._tap_output(name, tapped, axis)
+            return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
+
+        return hook
+
+    def _norm_output(self, name: str, x: Any, y: Tensor) -> Tensor:
+        """Tap the output of a channel norm; it stands for the layers whose channels run into it."""
+        assert self._pass is not None
+        y = require_grad(y)
+        label = self._flow[x]
+        before = label.spans if label is not None else ()
+        for span in before:
+            self._pass.norm_of.setdefault(span.layer, name)
+            if not self._through_norms:
+                self._close(span.layer)
+        spans = (*before, Span(name, 0, y.shape[1]))
+        self._flow.set(y, Label(1, spans))
+        self._tap_output(name, y, 1)
+        return y
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """See every call of a torch function; only calls within the model's forward are looked at."""
+        kwargs = kwargs or {}
+        if self._pass is None:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        x = args[0] if args else kwargs.get("input")
+        inplace = _is_inplace(name, args, kwargs)
+        if name in ACTIVATIONS and isinstance(x, Tensor) and self._flow[x] is not None:
+            return self._activation(name, inplace, x, func, args, kwargs)
+        if inplace and isinstance(x, Tensor):
+            self._save_from_overwriting(x)
+        out = func(*args, **kwargs)
+        if name in _NORM_CALLS and self._norms and self._norms[-1] is not None:
+            layer, self._norms[-1] = self._norms[-1], None
+            return self._norm_output(layer, x, out)
+        if isinstance(out, (Tensor, tuple, list)):
+            self._flow.propagate(func, args, kwargs, out)
+        return out
+
+    def _activation(
+        self, name: str, inplace: bool, x: Tensor, func: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """An activation whose input carries channels: for these layers it is sigma."""
+        assert self._pass is not None
+        label = self._flow[x]
+        assert label is not None
+        if inplace:
+            self._save_from_overwriting(x)
+        value = x.detach().clone() if inplace and self._tap_activations else x
+        out: Tensor = func(*args, **kwargs)
+        self._flow.set(out, label)
+        spans = tuple(span for span in label.spans if span.layer in self._open)
+        if not spans or out.shape != x.shape:
+            return out
+        self._open -= {span.layer for span in spans}
+        site = Site(f"{name.rstrip('_')} #{len(self._pass.sites)}", Label(label.axis, spans))
+        self._pass.sites.append(site)
+        if self._tap_activations:
+            for span in spans:
+                self._close(span.layer)
+            sink = self._sink(self._pass.activations, site.name, self._pass)
+            out = require_grad(out)
+            self._register(Tap(value, out, label.axis, self._pass.batch, sink, site.name))
+        return out
+
+    # -- taps ------------------------------------------------------------------------------------------------
+
+    def _tap_output(self, name: str, y: Tensor, axis: int) -> None:
+        assert self._pass is not None
+        self.seen.add(name)
+        self._open.add(name)
+        tap = Tap(y, y, axis, self._pass.batch, self._sink(self._pass.outputs, name, self._pass), name)
+        self._taps.setdefault(name, []).append(tap)
+        self._register(tap)
+
+    def _register(self, tap: Tap) -> None:
+        self._by_storage.setdefault(tap.storage, []).append(weakref.ref(tap))
+
+    def _close(self, name: str) -> None:
+        for tap in self._taps.pop(name, []):
+            tap.close()
+
+    def _save_from_overwriting(self, x: Tensor) -> None:
+        for ref in self._by_storage.pop(x.untyped_storage().data_ptr(), []):
+            if (tap := ref()) is not None:
+                tap.copy_value()
+
+    def _sink(self, store: dict[str, Tensor], name: str, owner: Pass) -> Callable[[Tensor], None]:
+        def sink(sums: Tensor) -> None:
+            if owner.closed:
+                raise ObservationError(
+                    "a backward pass arrived after its forward pass had been counted. Run all backward passes "
+                    "of a batch before the next forward pass."
+                )
+            if not any(owner is dirty for dirty in self._dirty):
+                self._dirty.append(owner)
+            store[name] = store[name] + sums if name in store else sums
+
+        return sink
+
+
+def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name in _INPLACE_DUNDERS or (name.endswith("_") and not name.endswith("__")):
+        return True
+    if kwargs.get("inplace"):
+        return True
+    return name in ACTIVATIONS | {"dropout", "dropout2d"} and any(a is True for a in args[1:])
+
+
+def _difference(first: tuple[Site, ...], now: tuple[Site, ...]) -> str:
+    names = [site.name for site in first], [site.name for site in now]
+    at = next((i for i, (a, b) in enumerate(zip(first, now, strict=False)) if a != b), min(map(len, names)))
+    was, is_ = (n[at] if at < len(n) else "nothing" for n in names)
+    return (
+        f"the model's activations changed between two forward passes: call {at} was {was}, now it is {is_}. "
+        "Calibrate in one mode (model.eval()) and without branches that depend on the data or on chance."
+    )

@@ -1,0 +1,77 @@
+"""Statistics are named sums: they add up over batches, runs and processes, and scores are functions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Sums(Mapping[str, Tensor]):
+    """Named running sums, kept on the device they are made on, in float32 or wider.
+
+    Example:
+        >>> a, b = Sums(), Sums()
+        >>> a.add("x", torch.ones(2)); b.add("x", torch.ones(2)); a.merge(b)
+        >>> a["x"]
+        tensor([2., 2.])
+    """
+
+    def __init__(self, values: Mapping[str, Tensor] | None = None) -> None:
+        self._values: dict[str, Tensor] = dict(values or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add ``value`` to the sum called ``name``; the first value is kept as a private copy."""
+        wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        if name in self._values:
+            self._values[name] += wide
+        else:
+            self._values[name] = wide.clone() if wide is value else wide
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add all sums of ``other``."""
+        for name, value in other.items():
+            self.add(name, value.to(self._values[name].device) if name in self._values else value)
+
+    def all_finite(self) -> bool:
+        """Whether no sum holds NaN or inf. Waits for the device once."""
+        checks = [value.isfinite().all() for value in self._values.values()]
+        return bool(torch.stack([check.cpu() for check in checks]).all()) if checks else True
+
+    def all_reduce(self) -> None:
+        """Add up over all processes of ``torch.distributed``, once; afterwards every rank holds the same sums.
+
+        Raises:
+            RuntimeError: the ranks hold different names or shapes, that is, they observed different models.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        layout = [(name, tuple(value.shape), str(value.dtype)) for name, value in self._values.items()]
+        layouts: list[object] = [None] * dist.get_world_size()
+        dist.all_gather_object(layouts, layout)
+        if any(other != layout for other in layouts):
+            raise RuntimeError(
+                "the processes gathered different statistics. Calibrate the same model with at least one batch "
+                "on every rank."
+            )
+        for dtype in sorted({value.dtype for value in self._values.values()}, key=str):
+            names = [name for name, value in self._values.items() if value.dtype == dtype]
+            flat = torch.cat([self._values[name].reshape(-1) for name in names])
+            dist.all_reduce(flat)
+            for name, part in zip(names, flat.split([self._values[n].numel() for n in names]), strict=True):
+                self._values[name] = part.view(self._values[name].shape)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the sums on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._values.items()}
