@@ -189,15 +189,13 @@ class Calibrated(abc.ABC):
             loss = loss_fn(_call(model, inputs), targets)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise ValueError(
-                    f"loss_fn returned {what}; it must return one number, the mean over the batch."
-                )
+                raise ValueError(f"loss_fn returned {what}; it must return one number, the mean over the batch.")
             if not loss.requires_grad:
                 raise ObservationError(
                     "the loss does not depend on the model's activations: it was detached, or the model ran "
                     "under torch.no_grad()."
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     # -- what is kept ------------------------------------------------------------------------------------------
 
@@ -313,9 +311,7 @@ class Calibrated(abc.ABC):
         if self._model is None or self._model() is not model:
             return  # a copy of the model, or statistics loaded from a file: widths are all that can be compared
         now = _weights_of(model, [current])
-        changed = next(
-            (n for n, w in now.items() if n in self._weights and self._weights[n]() is not w), None
-        )
+        changed = next((n for n, w in now.items() if n in self._weights and self._weights[n]() is not w), None)
         if changed is not None:
             raise StaleStatisticsError(
                 f"the weight of {changed!r} was replaced since calibration: the model has been pruned. Calibrate "
@@ -446,7 +442,7 @@ def _with_progress(loader: Iterable[Any], progress: bool, title: str) -> Iterabl
 
 def _pack_record(record: GroupRecord) -> dict[str, Any]:
     def pack(layers: Iterable[Layer]) -> list[dict[str, Any]]:
-        return [dict(name=x.name, index=x.index, root=x.root, channels=x.channels) for x in layers]
+        return [{"name": x.name, "index": x.index, "root": x.root, "channels": x.channels} for x in layers]
 
     return {
         "key": record.key,

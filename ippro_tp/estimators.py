@@ -65,9 +65,7 @@ class Estimator(Protocol):
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """The producers of a group that carry its score."""
 
-    def scores(
-        self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module
-    ) -> Tensor:
+    def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
         """``(record.width,)`` scores, higher = keep."""
 
 
@@ -145,9 +143,7 @@ class ExpectedEstimator:
         """Producers that no channel norm stands for."""
         return tuple(p for p in record.producers if p.name not in wiring.norm_of)
 
-    def scores(
-        self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module
-    ) -> Tensor:
+    def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
         """Mean size over the samples."""
         if reduction == "joint":
             total = sums.get(record.key)
@@ -218,10 +214,8 @@ class PaperEstimator:
         norms = set(wiring.norm_of.values())
         return tuple(layer for name, layer in by_name.items() if name not in norms)
 
-    def scores(
-        self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module
-    ) -> Tensor:
-        """:math:`\\tan^2\\theta' - 1`: the order of Eq. 4 without its rounding (see :func:`pro_excess`)."""
+    def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
+        r""":math:`\tan^2\theta' - 1`: the order of Eq. 4 without its rounding (see :func:`pro_excess`)."""
         layers = [
             p
             for p in self.layers(record, wiring)
@@ -229,10 +223,10 @@ class PaperEstimator:
         ]
         if not layers:
             return torch.zeros(record.width)
-        parts = [(*self._filter_sums(sums, model, layer), layer) for layer in layers]
+        parts = [self._filter_sums(sums, model, layer) for layer in layers]
         if reduction != "joint":
             scores = []
-            for square, dot, grad, layer in parts:
+            for (square, dot, grad), layer in zip(parts, layers, strict=True):
                 offset = self._layer_offset(sums, wiring, layer)
                 scores.append(pro_excess(square.sqrt(), dot, grad.sqrt(), offset, self._step_size))
             return reduce_layers(scores, layers, record.width, reduction)
@@ -307,10 +301,10 @@ def _site_parts(
 def _filter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that make up F: the weight, and the bias too where F = (gamma, beta)."""
     if isinstance(module, nn.MultiheadAttention):
-        return {"out_proj.weight": module.out_proj.weight}
-    names = ["weight", "bias"] if isinstance(module, CHANNEL_NORMS) else ["weight"]
-    found = {name: getattr(module, name, None) for name in names}
-    return {name: p for name, p in found.items() if isinstance(p, nn.Parameter)}
+        module, prefix, names = module.out_proj, "out_proj.", ["weight"]
+    else:
+        prefix, names = "", ["weight", "bias"] if isinstance(module, CHANNEL_NORMS) else ["weight"]
+    return {prefix + name: p for name in names if isinstance(p := getattr(module, name, None), nn.Parameter)}
 
 
 def _rows(module: nn.Module, weight: Tensor) -> Tensor:

@@ -156,5 +156,5 @@ def require_grad(x: Tensor) -> Tensor:
     """
     if x.requires_grad:
         return x
-    out: Tensor = _Root.apply(x, torch.empty((), requires_grad=True))  # type: ignore[no-untyped-call]
+    out: Tensor = _Root.apply(x, torch.empty((), requires_grad=True))
     return out

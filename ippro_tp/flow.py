@@ -105,9 +105,7 @@ class ChannelFlow:
         else:
             self._labels.pop(x, None)
 
-    def propagate(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
+    def propagate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Label the result of ``func(*args, **kwargs)``."""
         name = getattr(func, "__name__", "")
         first = args[0] if args else next(iter(kwargs.values()), None)

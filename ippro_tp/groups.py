@@ -27,11 +27,20 @@ class Graph(Protocol):
     model: nn.Module
     _module2name: dict[nn.Module, str]
 
-    def get_all_groups(self, ignored_layers: list[nn.Module], root_module_types: Any) -> Iterator[Any]: ...
-    def is_out_channel_pruning_fn(self, fn: Any) -> bool: ...
-    def is_in_channel_pruning_fn(self, fn: Any) -> bool: ...
-    def get_out_channels(self, module: nn.Module) -> int | None: ...
-    def get_in_channels(self, module: nn.Module) -> int | None: ...
+    def get_all_groups(self, ignored_layers: list[nn.Module], root_module_types: Any) -> Iterator[Any]:
+        """All groups, full width."""
+
+    def is_out_channel_pruning_fn(self, fn: Any) -> bool:
+        """Whether a handler prunes output channels (also true of element-wise layers)."""
+
+    def is_in_channel_pruning_fn(self, fn: Any) -> bool:
+        """Whether a handler prunes input channels (also true of element-wise layers)."""
+
+    def get_out_channels(self, module: nn.Module) -> int | None:
+        """Number of output channels now."""
+
+    def get_in_channels(self, module: nn.Module) -> int | None:
+        """Number of input channels now."""
 
 
 @dataclass(frozen=True, eq=False)

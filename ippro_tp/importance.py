@@ -198,16 +198,14 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         model: nn.Module = group._DG.model
         scores = self._group_scores(record, model)
         device = next(iter(model.get_submodule(record.producers[0].name).parameters()), scores).device
-        picked = self._normalize(scores.to(device)[positions.to(device)], self.normalizer)
+        picked: Tensor = self._normalize(scores.to(device)[positions.to(device)], self.normalizer)
         # A normaliser divides by zero where all scores of a group are zero; there, all are equally unimportant.
         return picked.float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
 
     def _group_scores(self, record: GroupRecord, model: nn.Module) -> Tensor:
         assert self._sums is not None
         key = record.key
-        if (
-            self.estimator == "paper" or key not in self._cache
-        ):  # Eq. 4 reads the weights, which may be training
+        if self.estimator == "paper" or key not in self._cache:  # Eq. 4 reads the weights, which may be training
             scores = self._make_estimator("mean").scores(
                 self._sums, record, self._wiring, self.group_reduction, model
             )
@@ -225,9 +223,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             raise NotCalibratedError(self._how_to_calibrate())
         model = self._model() if self._model is not None else None
         if model is None and self.estimator == "paper":
-            raise NotCalibratedError(
-                "the calibrated model is gone; Eq. 4 needs its weights to give a report."
-            )
+            raise NotCalibratedError("the calibrated model is gone; Eq. 4 needs its weights to give a report.")
         estimator = self._make_estimator("mean")
         rows = []
         for record in self._records.values():
@@ -259,9 +255,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         **options: Any,
     ) -> GradientObservation:
         if options:
-            raise TypeError(
-                f"unknown option {next(iter(options))!r}; observe() takes loss_reduction='mean'|'sum'"
-            )
+            raise TypeError(f"unknown option {next(iter(options))!r}; observe() takes loss_reduction='mean'|'sum'")
         return GradientObservation(model, groups, self._make_estimator(loss_reduction))
 
     def _commit(self, observation: GradientObservation) -> None:

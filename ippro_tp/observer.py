@@ -136,7 +136,7 @@ class Observer(TorchFunctionMode):
             self._model.register_forward_pre_hook(self._start, with_kwargs=True, prepend=True),
             self._model.register_forward_hook(self._stop, always_call=True),
         ]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ class Observer(TorchFunctionMode):
         self._watching = True
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -28,7 +28,7 @@ def embed(filters: Tensor) -> Tensor:
         >>> embed(torch.tensor([[3.0, 4.0]]))
         tensor([[5., 3., 4.]])
     """
-    return torch.cat([filters.norm(dim=1, keepdim=True), filters], dim=1)
+    return torch.cat([torch.linalg.vector_norm(filters, dim=1, keepdim=True), filters], dim=1)
 
 
 def tan_angle(points: Tensor) -> Tensor:
@@ -44,7 +44,8 @@ def tan_angle(points: Tensor) -> Tensor:
         >>> tan_angle(embed(torch.tensor([[3.0, 4.0]])))
         tensor([1.])
     """
-    return points[:, 1:].norm(dim=1) / points[:, 0].abs()
+    length: Tensor = torch.linalg.vector_norm(points[:, 1:], dim=1)
+    return length / points[:, 0].abs()
 
 
 def pro_score(filters: Tensor, grad: Tensor, offset: Tensor, step_size: float) -> Tensor:

@@ -76,9 +76,7 @@ class Report:
         return len(self.groups)
 
     def __str__(self) -> str:
-        header = (
-            f"{'group':40} {'ch':>5} {'low':>10} {'median':>10} {'high':>10} {'ties':>5} {'dead':>5}  sigma"
-        )
+        header = f"{'group':40} {'ch':>5} {'low':>10} {'median':>10} {'high':>10} {'ties':>5} {'dead':>5}  sigma"
         lines = [header, "-" * len(header)]
         for g in self.groups:
             named = ", ".join(f"{layer}: {site or 'identity'}" for layer, site in list(g.sites.items())[:3])

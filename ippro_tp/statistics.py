@@ -69,7 +69,7 @@ class Sums(Mapping[str, Tensor]):
             names = [name for name, value in self._values.items() if value.dtype == dtype]
             flat = torch.cat([self._values[name].reshape(-1) for name in names])
             dist.all_reduce(flat)
-            for name, part in zip(names, flat.split([self._values[n].numel() for n in names]), strict=True):
+            for name, part in zip(names, torch.split(flat, [self._values[n].numel() for n in names]), strict=True):
                 self._values[name] = part.view(self._values[name].shape)
 
     def state_dict(self) -> dict[str, Tensor]:
