@@ -114,7 +114,9 @@ class ArmRunner:
                 return freeze(importance, pruner, name), seconds
 
     def _costs(self, unit: str) -> dict:
-        pruner = build_pruner(copy.deepcopy(self.task.model), self.task.example, self.task.ignored, lambda group: None)
+        pruner = build_pruner(
+            copy.deepcopy(self.task.model), self.task.example, self.task.ignored, lambda group: None
+        )
         return group_cost(pruner, self.task.example, unit)
 
     def _plan(self, cell: Cell, scores: FrozenScores) -> Plan:
@@ -160,7 +162,7 @@ class ArmRunner:
         base_macs, base_params = self.base_size()
         pruned = plan.pruned
         if pruned.macs >= base_macs:
-            raise ArithmeticError(f"nothing was pruned: no ratio brings the MACs below the unpruned network's")
+            raise ArithmeticError("nothing was pruned: no ratio brings the MACs below the unpruned network's")
         kept = pruned.widths
         record = {
             "hit": plan.found.hit,

@@ -34,8 +34,8 @@ def samples(batches: list[Batch], count: int, size: int) -> Iterator[Batch]:
 class AccumulatedHessian(tp.importance.HessianImportance):
     """TP's group Fisher ``sum w^2 E[g_n^2]`` with the expectation over *all* samples.
 
-    The defect: ``GroupHessianImportance.accumulate_grad`` asks for the parameter's *name* in a dictionary that is
-    keyed by the *parameter*, finds nothing and overwrites, so that only the last sample ever counts.
+    The defect: ``GroupHessianImportance.accumulate_grad`` asks for the parameter's *name* in a dictionary
+    that is keyed by the *parameter*, finds nothing and overwrites, so that only the last sample ever counts.
     """
 
     def accumulate_grad(self, model: nn.Module) -> None:
@@ -47,11 +47,13 @@ class AccumulatedHessian(tp.importance.HessianImportance):
                 self._counter[param] = self._counter.get(param, 0) + 1
 
 
-def per_sample_hessian(importance: tp.importance.HessianImportance, model: nn.Module, batches: list[Batch]) -> None:
+def per_sample_hessian(
+    importance: tp.importance.HessianImportance, model: nn.Module, batches: list[Batch]
+) -> None:
     """Feed ``importance`` one backward pass per image; the gradients of the last one stay in ``.grad``.
 
-    A forward pass of one image gives the same gradients in eval mode as TP's documented per-sample loop over a
-    retained batch graph, without walking the graph of the whole batch for each image.
+    A forward pass of one image gives the same gradients in eval mode as TP's documented per-sample loop over
+    a retained batch graph, without walking the graph of the whole batch for each image.
     """
     device = next(model.parameters()).device
     importance.zero_grad()
@@ -64,10 +66,12 @@ def per_sample_hessian(importance: tp.importance.HessianImportance, model: nn.Mo
 class GateTaylor(tp.importance.Importance):
     """First-order Taylor on the gates: ``| sum of gamma dgamma + beta dbeta |`` over the group's BatchNorms.
 
-    The defect: ``GroupTaylorImportance`` means to count BatchNorm but tests for ``prune_groupnorm_out_channels``, so
-    that no BatchNorm ever enters; and it adds absolute values per weight, although removing a channel moves all its
-    weights at once. Multiplying a BatchNorm's output by a gate that goes from 1 to 0 changes the loss by the sum
-    above to first order. Producers without BatchNorm add ``w . dw + b . db``, which is the same derivative. Scores of different groups share one scale: no normalisation. The gradients come from ``.grad``.
+    The defect: ``GroupTaylorImportance`` means to count BatchNorm but tests for
+    ``prune_groupnorm_out_channels``, so that no BatchNorm ever enters; and it adds absolute values per
+    weight, although removing a channel moves all its weights at once. Multiplying a BatchNorm's output by a
+    gate that goes from 1 to 0 changes the loss by the sum above to first order. Producers without BatchNorm
+    add ``w . dw + b . db``, which is the same derivative. Scores of different groups share one scale: no
+    normalisation. The gradients come from ``.grad``.
     """
 
     @torch.no_grad()
@@ -96,10 +100,10 @@ def gate_derivative(module: nn.Module) -> Tensor:
 
 
 class SignedFPGM(tp.importance.Importance):
-    """Geometric-median distance of the filters themselves, mean over the group's layers, divided by its group mean.
+    """Geometric-median distances of the signed filters, mean over the layers, divided by the group's mean.
 
-    The defect: ``FPGMImportance`` takes the distances of ``abs(w) ** p`` instead of ``w``, so that a filter and its
-    negative count as equal. It also fails on the inputs of grouped convolutions.
+    The defect: ``FPGMImportance`` takes the distances of ``abs(w) ** p`` instead of ``w``, so that a filter
+    and its negative count as equal. It also fails on the inputs of grouped convolutions.
     """
 
     @torch.no_grad()

@@ -68,7 +68,9 @@ def read_finished(path: Path, config: dict) -> bool:
     if stored != wanted:
         keys = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
         changes = ", ".join(f"{k}: {stored.get(k)!r} -> {wanted.get(k)!r}" for k in keys)
-        raise UsageError(f"{path} was made with another configuration ({changes}); choose another --out or delete it")
+        raise UsageError(
+            f"{path} was made with another configuration ({changes}); choose another --out or delete it"
+        )
     return record["status"] == "ok"
 
 

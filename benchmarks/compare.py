@@ -41,7 +41,7 @@ class CompareConfig(TaskConfig):
     cost: tuple[Literal["none", "macs", "params"], ...] = ("none",)
     """Divide each group's scores by what its channels cost (global scope only: locally it changes nothing)."""
     cost_exponent: float | None = None
-    """Power of the cost; by default half the criterion's degree, so 0.5 for scores that behave like absolute values."""
+    """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
     calibration_images: int = 0
     """Training images for calibration and BatchNorm re-estimation; 0 for the task's default."""
     test_images: int = 0
@@ -69,9 +69,9 @@ def run(config: CompareConfig) -> None:
     names = config.criteria or defaults.criteria
     for name in names:
         find_criterion(name)
+    cells, settings = _grid(config, names), _settings(config)
     task = build_task(config)
-    settings = _settings(config, task)
-    jobs = _pending(config, settings, task, _grid(config, names))
+    jobs = _pending(config, settings, task, cells)
     total = sum(len(cells) for _, cells in jobs)
     if total:
         _execute(config, settings, task, jobs, total)
@@ -81,7 +81,7 @@ def run(config: CompareConfig) -> None:
         print(f"{len(failed)} cells failed; the report lists them. The first: {failed[0]}")
 
 
-def _settings(config: CompareConfig, task: Task) -> Settings:
+def _settings(config: CompareConfig) -> Settings:
     defaults = defaults_of(config.task)
     return Settings(
         calibration_images=config.calibration_images or defaults.calibration_images,
@@ -121,6 +121,7 @@ def _pending(config: CompareConfig, settings: Settings, task: Task, cells: list[
         "task": task.name,
         "model": task.model_name,
         "weights": fingerprint(task.model),
+        "crop_pct": config.crop_pct,
         "train_images": len(task.train),
         "all_test_images": len(task.test),
     }

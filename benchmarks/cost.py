@@ -1,7 +1,8 @@
 """What a channel of each group costs: the MACs or parameters that go away with it.
 
-Dividing a score by the cost is the Lagrangian of "least loss for the MACs saved": a score that behaves like a loss
-increase (degree 2 in the weights) is divided by the cost, one that behaves like its root (degree 1) by the cost's root.
+Dividing a score by the cost is the Lagrangian of "least loss for the MACs saved": a score that behaves like a
+loss increase (degree 2 in the weights) is divided by the cost, one that behaves like its root (degree 1) by
+the cost's root.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def weights_per_channel(module: nn.Module, is_output: bool) -> int:
 
 
 def channel_cost(module: nn.Module, is_output: bool, positions: int, unit: str) -> float:
-    """Return the ``macs`` or ``params`` of one output or input channel of ``module``, as TP's counter counts them."""
+    """Return the ``macs`` or ``params`` of one channel of ``module``, as TP's counter counts them."""
     weights = weights_per_channel(module, is_output)
     bias = int(is_output and getattr(module, "bias", None) is not None)
     if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm):

@@ -1,8 +1,8 @@
 """The arms. A new criterion is one short function under ``@criterion``.
 
-The function gets the network (a private copy), a TP pruner over it, the calibration batches and the seed, and returns
-a TP importance that is evaluated right afterwards, once per group. A name that ends in ``<value>`` is a family: the
-number in its place is passed as a fifth argument.
+The function gets the network (a private copy), a TP pruner over it, the calibration batches and the seed, and
+returns a TP importance that is evaluated right afterwards, once per group. A name that ends in ``<value>`` is
+a family: the number in its place is passed as a fifth argument.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Criterion:
     data: str
     """``none``, ``forward`` or ``backward``: what it needs of the calibration images."""
     degree: float
-    """How scores grow with the loss increase's root: 1 for ``|t|``, 2 for ``t^2``; the cost exponent is half of it."""
+    """How scores grow with the loss increase's root: 1 for ``|t|``, 2 for ``t^2``; twice the cost exponent."""
     seeded: bool
     """Whether another calibration seed gives other scores."""
 

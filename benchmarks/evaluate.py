@@ -24,7 +24,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch], device: str | torch.dev
 
 
 def reestimate_batchnorm(model: nn.Module, batches: list[Batch], device: str | torch.device) -> None:
-    """Replace all BatchNorm statistics by those of ``batches`` (mean over batches); leave the model in eval mode."""
+    """Replace all BatchNorm statistics by those of ``batches`` (mean over batches); end in eval mode."""
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -25,7 +25,12 @@ class Recipe:
 
 
 def finetune(
-    model: nn.Module, task: Task, recipe: Recipe, seed: int, device: str | torch.device, label: str = "fine-tuning"
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    seed: int,
+    device: str | torch.device,
+    label: str = "fine-tuning",
 ) -> float:
     """Train ``model`` in place on the task's training split; return the mean loss of the last epoch.
 

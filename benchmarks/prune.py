@@ -47,7 +47,7 @@ def build_pruner(
     config: PruneConfig | None = None,
     ratios: dict[str, float] | None = None,
 ) -> tp.pruner.BasePruner:
-    """Return a pruner over ``model`` itself, with dictionaries of its own (TP's defaults are shared by all pruners).
+    """Return a pruner over ``model`` itself, with its own dictionaries (TP's defaults are shared).
 
     Args:
         model: The network; it is pruned in place by :func:`apply`.
@@ -98,9 +98,9 @@ def widths(model: nn.Module) -> dict[str, int]:
 def staggered_ratios(pruner: tp.pruner.BasePruner, ratio: float, largest: float) -> dict[str, float]:
     """Return ratios per root layer that remove ``ratio`` of the channels on average, in single channels.
 
-    A uniform local ratio removes a channel of *every* layer at a time, so that the MACs of a net with narrow layers
-    fall in large steps. Here group number ``g`` rounds ``ratio * channels`` up or down by the ``g``-th term of the
-    golden-ratio sequence. It knows nothing of the scores: all arms get the same widths.
+    A uniform local ratio removes a channel of *every* layer at a time, so that the MACs of a net with narrow
+    layers fall in large steps. Here group number ``g`` rounds ``ratio * channels`` up or down by the ``g``-th
+    term of the golden-ratio sequence. It knows nothing of the scores: all arms get the same widths.
     """
     ratios = {}
     for number, group in enumerate(prunable_groups(pruner)):

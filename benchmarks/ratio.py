@@ -61,7 +61,7 @@ def run(config: RatioConfig) -> None:
 
 
 def summary(seconds: dict[str, list[float]]) -> str:
-    """Return a table of median seconds, and of the median and quartiles of the ratio to ``plain`` round by round."""
+    """Return a table of median seconds, and median and quartiles of the ratio to ``plain`` by round."""
     rows = []
     for name, values in seconds.items():
         ratios = [value / plain for value, plain in zip(values, seconds["plain"], strict=True)]

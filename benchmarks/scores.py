@@ -1,8 +1,8 @@
 """Importance scores, computed once on the unpruned network and frozen.
 
-A criterion is evaluated once per calibration seed. The resulting scores serve every MACs target, both scopes and all
-tries of the search for the right ratio, each on its own copy of the network: groups are found again by the name of
-their root layer.
+A criterion is evaluated once per calibration seed. The resulting scores serve every MACs target, both scopes
+and all tries of the search for the right ratio, each on its own copy of the network: groups are found again
+by the name of their root layer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class FrozenScores(tp.importance.Importance):
         """Return the recorded scores of ``group``."""
         key = group_key(group)
         if key not in self.scores:
-            raise LookupError(f"{self.source}: no scores for the group of {key[0]!r}; was it frozen on another network?")
+            raise LookupError(
+                f"{self.source}: no scores for the group of {key[0]!r}; was it frozen on another network?"
+            )
         scores = self.scores[key]
         if scores is not None and len(scores) != len(group[0].idxs):
             raise LookupError(
@@ -83,7 +85,9 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
         if result is not None:
             result = result.detach().float().cpu().clone()
             if result.shape != (channels,):
-                raise ArithmeticError(f"{source}: shape {tuple(result.shape)} for {channels} channels of {key[0]!r}")
+                raise ArithmeticError(
+                    f"{source}: shape {tuple(result.shape)} for {channels} channels of {key[0]!r}"
+                )
             if not result.isfinite().all():
                 bad = int((~result.isfinite()).sum())
                 raise ArithmeticError(f"{source}: {bad} of {channels} scores of {key[0]!r} are not finite")

@@ -1,13 +1,15 @@
 """Search for the pruning ratio that meets a MACs target.
 
-MACs fall in steps, and not always: Torch-Pruning skips a group whose channels would all go, so that a larger ratio can
-leave more MACs. The search bisects a bracket; if that ends beside the target, it scans for other brackets.
+MACs fall in steps, and not always: Torch-Pruning skips a group whose channels would all go, so that a larger
+ratio can leave more MACs. The search bisects a bracket; if that ends beside the target, it scans for other
+brackets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 WIDTH = 2e-4
 """Brackets narrower than this are not split."""
@@ -77,4 +79,4 @@ def find_ratio(
 def _brackets(memo: dict[float, float], target: float) -> list[tuple[float, float]]:
     """Return neighbouring ratios with MACs above the target at the lower and not above it at the upper one."""
     ratios = sorted(memo)
-    return [(a, b) for a, b in zip(ratios, ratios[1:], strict=False) if memo[a] > target >= memo[b]]
+    return [(a, b) for a, b in pairwise(ratios) if memo[a] > target >= memo[b]]

@@ -91,7 +91,8 @@ def group_key(group: Any) -> str:
     graph: Graph = group._DG
     dep = group[0][0]
     side = "out" if graph.is_out_channel_pruning_fn(dep.handler) else "in"
-    return f"{graph._module2name[dep.target.module]}.{side}"
+    name = graph._module2name.get(dep.target.module, str(dep.target.name))  # an operation has no module name
+    return f"{name}.{side}"
 
 
 def _positions(roots: list[int | None], root_idxs: list[int]) -> tuple[Tensor, Tensor]:

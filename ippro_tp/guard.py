@@ -39,13 +39,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
             p.grad = None
         yield
     finally:
+        was_training = dict(modes)
+        with torch.no_grad():
+            for module, name, buffer, value, version in buffers:
+                # A BatchNorm in train mode updates its statistics without counting up their version.
+                if buffer._version != version or module.training or was_training[module]:
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
         for module, mode in modes:
             module.training = mode
         for p, requires_grad, grad in parameters:
             p.requires_grad_(requires_grad)
             p.grad = grad
-        with torch.no_grad():
-            for module, name, buffer, value, version in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
-                module._buffers[name] = buffer

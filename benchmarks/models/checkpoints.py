@@ -29,7 +29,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UsageError(f"{path} is no state dict of plain tensors ({error}); save model.state_dict()") from error
+            raise UsageError(
+                f"{path} is no state dict of plain tensors ({error}); save model.state_dict()"
+            ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]

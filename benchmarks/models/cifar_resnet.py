@@ -1,9 +1,9 @@
 """CIFAR ResNet-20/32/44/56 with option-A shortcuts that a dependency graph can prune.
 
-The classic CIFAR ResNet (He et al. 2016, Sec. 4.2) has no parameters in its shortcuts: where the stage changes, the
-input is subsampled by two and padded with zero channels. A dependency graph cannot follow such padding, so the
-residual streams would stay out of reach. The same map is a 1x1 convolution of stride two with fixed weights 0 and 1;
-it is exact to the bit, and prunable.
+The classic CIFAR ResNet (He et al. 2016, Sec. 4.2) has no parameters in its shortcuts: where the stage
+changes, the input is subsampled by two and padded with zero channels. A dependency graph cannot follow such
+padding, so the residual streams would stay out of reach. The same map is a 1x1 convolution of stride two with
+fixed weights 0 and 1; it is exact to the bit, and prunable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEPTHS = (20, 32, 44, 56)
 
 
 def option_a_shortcut(in_planes: int, planes: int) -> nn.Conv2d:
-    """Return the 1x1 stride-2 convolution that equals ``pad(x[:, :, ::2, ::2])`` with zero channels on both sides."""
+    """Return the 1x1 stride-2 convolution that equals ``pad(x[:, :, ::2, ::2])`` with zero channels around."""
     conv = nn.Conv2d(in_planes, planes, kernel_size=1, stride=2, bias=False)
     offset = planes // 4
     weight = torch.zeros(planes, in_planes)

@@ -36,7 +36,10 @@ class SmallResNet(nn.Module):
         blocks = []
         for stage in range(3):
             planes = width * 2**stage
-            blocks += [Block(planes // 2 if stage else width, planes, 2 if stage else 1), Block(planes, planes, 1)]
+            blocks += [
+                Block(planes // 2 if stage else width, planes, 2 if stage else 1),
+                Block(planes, planes, 1),
+            ]
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(4 * width, num_classes)
 

@@ -1,4 +1,4 @@
-"""Tasks by name. A new one is a module with ``DEFAULTS`` and ``build(config) -> Task``, and a line in ``TASKS``."""
+"""Tasks by name; a new one is a module with ``DEFAULTS`` and ``build(config) -> Task`` listed in ``TASKS``."""
 
 from __future__ import annotations
 

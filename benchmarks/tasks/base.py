@@ -31,6 +31,8 @@ class TaskConfig:
     """Weights: .safetensors, or a PyTorch state dict."""
     pretrained: bool = False
     """Download the library's own weights (imagefolder only)."""
+    crop_pct: float | None = None
+    """Part of the resized image that the centre crop keeps (imagefolder only); 1 for images as they are."""
     batch_size: int = 250
     """Images per forward pass, in calibration, BatchNorm re-estimation and test."""
     cache_dir: Path = Path("runs/cache")
@@ -112,7 +114,7 @@ class Task:
         return [self.train.batch(pool[part]) for part in order[:count].split(batch_size)]
 
     def evaluation(self, split: str, limit: int, batch_size: int) -> Iterator[Batch]:
-        """Yield the ``test`` split, or the ``heldout`` part of train, or a fixed random ``limit`` of it (0: all)."""
+        """Yield the ``test`` split, or the ``heldout`` part of train, or ``limit`` random ones of it (0: all)."""
         images = self.test if split == "test" else self.train
         pool = torch.arange(len(images)) if split == "test" else self._split[1]
         if 0 < limit < len(pool):
@@ -138,5 +140,8 @@ def flip_and_crop(images: Tensor, generator: torch.Generator, padding: int = 4) 
     top, left = torch.randint(0, 2 * padding + 1, (2, len(images)), generator=generator)
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]
     columns = (left[:, None] + torch.arange(width))[:, None, None, :]
-    sample, channel = torch.arange(len(images))[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None]
+    sample, channel = (
+        torch.arange(len(images))[:, None, None, None],
+        torch.arange(images.shape[1])[None, :, None, None],
+    )
     return padded[sample, channel, rows, columns]

@@ -38,7 +38,9 @@ def build(config: TaskConfig) -> Task:
     if config.checkpoint is None:
         raise UsageError("task cifar10 needs trained weights; give --checkpoint FILE.safetensors")
     if config.data_dir is None:
-        raise UsageError("task cifar10 needs --data-dir: torchvision's CIFAR-10 folder, or one with train/ and test/")
+        raise UsageError(
+            "task cifar10 needs --data-dir: torchvision's CIFAR-10 folder, or one with train/ and test/"
+        )
     model = CifarResNet(known[name])
     frozen = tuple(n for n, _ in model.named_parameters() if CifarResNet.frozen_parameters.search(n))
     load_checkpoint(model, config.checkpoint, fixed=frozen)

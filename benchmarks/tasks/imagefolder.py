@@ -17,10 +17,17 @@ from benchmarks.models.checkpoints import load_checkpoint
 from benchmarks.tasks.base import Batch, Task, TaskConfig, TaskDefaults
 
 CACHE_BYTES = 1 << 30
-IMAGENET = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875}
+IMAGENET = {
+    "input_size": (3, 224, 224),
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "crop_pct": 0.875,
+}
 
 DEFAULTS = TaskDefaults(
-    criteria=("random", "l1", "l2", "taylor", "taylor-gate", "pro"), targets=(0.9, 0.75), calibration_images=256
+    criteria=("random", "l1", "l2", "taylor", "taylor-gate", "pro"),
+    targets=(0.9, 0.75),
+    calibration_images=256,
 )
 
 
@@ -60,8 +67,8 @@ class FolderImages:
 def output_indices(classes: list[str], num_outputs: int) -> list[int]:
     """Return the network's output for each class folder.
 
-    Folders map to outputs in sorted order if there are as many; otherwise each name must begin with the output's
-    index, as in ``0217_English_springer``.
+    Folders map to outputs in sorted order if there are as many; otherwise each name must begin with the
+    output's index, as in ``0217_English_springer``.
 
     Raises:
         UsageError: Folders and outputs cannot be matched.
@@ -71,8 +78,8 @@ def output_indices(classes: list[str], num_outputs: int) -> list[int]:
     indices = [int(m.group()) if (m := re.match(r"\d+", name)) else -1 for name in classes]
     if len(set(indices)) < len(classes) or min(indices) < 0 or max(indices) >= num_outputs:
         raise UsageError(
-            f"{len(classes)} class folders for a network of {num_outputs} outputs: name each folder after its output, "
-            f"as in 0217_English_springer (found {classes[0]!r})"
+            f"{len(classes)} class folders for a network of {num_outputs} outputs: name each folder after its "
+            f"output, as in 0217_English_springer (found {classes[0]!r})"
         )
     return indices
 
@@ -89,6 +96,8 @@ def build(config: TaskConfig) -> Task:
     model, data_config = _create(config.model, config.pretrained)
     if config.checkpoint is not None:
         load_checkpoint(model, config.checkpoint)
+    if config.crop_pct is not None:
+        data_config["crop_pct"] = config.crop_pct
     transform = create_transform(**data_config, is_training=False)
     num_classes, ignored = _classifier(model, data_config["input_size"])
     train, test = (FolderImages(folder, transform, num_classes) for folder in folders)
@@ -116,7 +125,9 @@ def _classifier(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, tup
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     names = [n for n, m in layers if (m.out_features if isinstance(m, nn.Linear) else m.out_channels) == outputs]
     if not names:
-        raise UsageError(f"{type(model).__name__} has no layer with its {outputs} outputs; no classifier to protect")
+        raise UsageError(
+            f"{type(model).__name__} has no layer with its {outputs} outputs; no classifier to protect"
+        )
     return outputs, (names[-1],)
 
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import compare
+from benchmarks.__main__ import main
+from benchmarks.cells import write_json
+from benchmarks.finetune import Recipe
+from benchmarks.report import read_cells
+from benchmarks.tasks import digits
+
+
+@pytest.fixture
+def quick_digits(monkeypatch, tmp_path):
+    """The digits task with a network of one epoch."""
+    built = digits.build
+    monkeypatch.setattr(digits, "build", lambda config: built(config, Recipe(epochs=1, learning_rate=0.03)))
+    common = [
+        "compare",
+        "--task",
+        "digits",
+        "--out",
+        str(tmp_path / "out"),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    common += ["--workers", "1", "--calibration-images", "40", "--test-images", "60", "--scopes", "global"]
+    return [*common, "--targets", "0.6", "--seed", "0"]
+
+
+def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*quick_digits, "--criteria", "random", "l1", "--finetune-epochs", "1"]) == 0
+    cells = read_cells(out)
+    assert sorted(cells.criterion) == ["l1", "random", "unpruned"]
+    assert (cells.status == "ok").all()
+    assert cells.finetuned.notna().all()
+    record = json.loads(next(out.glob("cells/*/l1__global__0.6__seed0.json")).read_text())
+    assert abs(record["macs_fraction"] - 0.6) <= 0.01
+    assert record["min_width"] == min(record["widths"].values())
+    assert {"pruned", "bn", "finetuned"} == record["accuracy"].keys()
+    assert {"calibration", "scoring", "pruning", "batchnorm", "finetune"} <= record["seconds"].keys()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.md").exists()
+    assert (out / "accuracy_digits_resnet14.png").stat().st_size > 10_000
+
+
+def test_second_run_recomputes_nothing_and_changed_config_is_detected(quick_digits, tmp_path, monkeypatch, capsys):
+    assert main([*quick_digits, "--criteria", "l1"]) == 0
+    monkeypatch.setattr(compare, "_execute", lambda *args: pytest.fail("something was computed again"))
+    assert main([*quick_digits, "--criteria", "l1"]) == 0
+    capsys.readouterr()
+    assert main([*quick_digits, "--criteria", "l1", "--round-to", "4"]) == 2
+    assert "round_to" in capsys.readouterr().err
+
+
+def test_failed_cell_stays_visible_and_is_tried_again(quick_digits, tmp_path, monkeypatch):
+    from benchmarks import criteria
+
+    def broken(model, pruner, batches, seed):
+        raise RuntimeError("no scores today")
+
+    monkeypatch.setitem(criteria._REGISTRY, "broken", criteria.Criterion("broken", broken, "none", 1.0, False))
+    assert main([*quick_digits, "--criteria", "broken"]) == 0
+    path = next((tmp_path / "out").glob("cells/*/broken*.json"))
+    record = json.loads(path.read_text())
+    assert record["status"] == "failed"
+    assert record["error"] == "RuntimeError: no scores today"
+    monkeypatch.setitem(
+        criteria._REGISTRY,
+        "broken",
+        criteria.Criterion("broken", criteria.find_criterion("l1").build, "none", 1.0, False),
+    )
+    assert main([*quick_digits, "--criteria", "broken"]) == 0
+    assert json.loads(path.read_text())["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--criteria", "magic"], "unknown criterion 'magic'; known: random"),
+        (
+            ["compare", "--task", "cifar10", "--checkpoint", "x.pth", "--data-dir", "nowhere"],
+            "no checkpoint at x.pth",
+        ),
+        (["compare", "--targets", "75"], "between 0 and 1"),
+        (["report", "nowhere"], "no results under nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_interrupted_write_leaves_no_half_file(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "cell.json", {"accuracy": float("nan")})
+    assert not (tmp_path / "cell.json").exists()

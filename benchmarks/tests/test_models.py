@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from benchmarks.errors import UsageError
+from benchmarks.models.checkpoints import load_checkpoint, read_state_dict
+from benchmarks.models.cifar_resnet import BasicBlock, CifarResNet, option_a_shortcut
+
+
+@pytest.mark.parametrize(("in_planes", "planes"), [(16, 32), (32, 64), (5, 10)])
+def test_shortcut_equals_zero_padding_to_the_bit(in_planes, planes):
+    x = torch.randn(3, in_planes, 8, 8)
+    before = planes // 4
+    padded = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, planes - in_planes - before))
+    assert torch.equal(option_a_shortcut(in_planes, planes)(x), padded)
+
+
+def test_block_equals_literal_option_a_forward():
+    torch.manual_seed(0)
+    block, x = BasicBlock(16, 32, 2).eval(), torch.randn(2, 16, 32, 32)
+    out = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+    literal = F.relu(out + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8)))
+    assert torch.equal(block(x), literal)
+
+
+def test_usual_checkpoint_without_shortcuts_loads(tmp_path):
+    source, target = CifarResNet(20), CifarResNet(20)
+    fixed = tuple(n for n, _ in source.named_parameters() if CifarResNet.frozen_parameters.search(n))
+    assert fixed == ("layer2.0.shortcut.weight", "layer3.0.shortcut.weight")
+    state = {n: t for n, t in source.state_dict().items() if n not in fixed}
+    save_file(state, tmp_path / "net.safetensors")
+    load_checkpoint(target, tmp_path / "net.safetensors", fixed)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(source.eval()(x), target.eval()(x))
+
+
+def test_wrapped_and_prefixed_state_dict(tmp_path):
+    torch.save({"state_dict": {"module.a": torch.ones(2)}}, tmp_path / "net.pth")
+    assert list(read_state_dict(tmp_path / "net.pth")) == ["a"]
+
+
+def test_checkpoint_of_another_architecture(tmp_path):
+    save_file(CifarResNet(20).state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(UsageError, match=r"another architecture.*matching --model"):
+        load_checkpoint(CifarResNet(32), tmp_path / "net.safetensors")
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        read_state_dict(tmp_path / "absent.safetensors")

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch_pruning as tp
+
+from benchmarks.cost import group_cost
+from benchmarks.prune import PruneConfig, build_pruner, prune, size, staggered_ratios
+from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
+
+
+@pytest.fixture
+def pruner(small_task):
+    model = copy.deepcopy(small_task.model)
+    return build_pruner(model, small_task.example, ("fc",), tp.importance.MagnitudeImportance(p=1))
+
+
+def test_frozen_scores_prune_like_the_importance_itself(small_task):
+    task = small_task
+    live = build_pruner(
+        copy.deepcopy(task.model), task.example, ("fc",), tp.importance.MagnitudeImportance(p=1), 0.4, "global"
+    )
+    frozen = freeze(live.importance, live)
+    live.step()
+    pruned = prune(task.model, task.example, ("fc",), frozen, 0.4, "global", PruneConfig())
+    assert torch.equal(live.model(task.example), pruned.model(task.example))
+
+
+def test_unknown_group_and_wrong_length(pruner):
+    group = next(prunable_groups(pruner))
+    with pytest.raises(LookupError, match="arm: no scores for the group of"):
+        FrozenScores({}, "arm")(group)
+    with pytest.raises(LookupError, match=r"3 scores for \d+ channels"):
+        FrozenScores({group_key(group): torch.ones(3)}, "arm")(group)
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (lambda group: torch.ones(len(group[0].idxs)) / 0, r"(\d+) of \1 scores of '.*' are not finite"),
+        (lambda group: torch.ones(len(group[0].idxs) + 1), r"shape \(\d+,\) for \d+ channels"),
+    ],
+)
+def test_bad_scores_are_refused(pruner, importance, message):
+    with pytest.raises(ArithmeticError, match=message):
+        freeze(importance, pruner, "arm")
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_cost_is_what_goes_away_with_one_channel(small_task, pruner, unit):
+    costs = group_cost(pruner, small_task.example, unit)
+    before = dict(zip(("macs", "params"), size(pruner.model, small_task.example), strict=True))
+    assert len(costs) == 9
+    for name, is_output in costs:
+        fresh = build_pruner(copy.deepcopy(small_task.model), small_task.example, ("fc",), lambda group: None)
+        group = next(g for g in prunable_groups(fresh) if group_key(g) == (name, is_output))
+        fresh.DG.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, [1]).prune()
+        after = dict(zip(("macs", "params"), size(fresh.model, small_task.example), strict=True))
+        assert costs[name, is_output] == before[unit] - after[unit], name
+
+
+def test_cost_term_changes_ranks_between_groups_only():
+    scores = FrozenScores(
+        {("a", True): torch.tensor([1.0, 2.0]), ("b", True): torch.tensor([1.0, 2.0]), ("c", True): None}
+    )
+    divided = scores.divided_by({("a", True): 4.0, ("b", True): 1.0, ("c", True): 1.0}, 0.5).scores
+    assert torch.allclose(divided["a", True] * 2, divided["b", True])
+    assert divided["c", True] is None
+
+
+def test_staggered_ratios_hold_the_mean_and_are_exact_in_channels(small_task, pruner):
+    for ratio in (0.0, 0.05, 0.3, 0.5):
+        ratios = staggered_ratios(pruner, ratio, 0.9)
+        model = copy.deepcopy(small_task.model)
+        fresh = build_pruner(model, small_task.example, ("fc",), pruner.importance, ratio, "local", ratios=ratios)
+        sizes = {name: model.get_submodule(name).out_channels for name in ratios}
+        fresh.step()
+        removed = {name: sizes[name] - model.get_submodule(name).out_channels for name in ratios}
+        assert all(abs(removed[n] - ratio * sizes[n]) <= 1 for n in ratios)
+        assert abs(sum(removed.values()) - ratio * sum(sizes.values())) <= 0.5 * len(ratios)

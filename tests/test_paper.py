@@ -1,0 +1,242 @@
+"""The "paper" estimator against a literal Algorithm 1: models extended with real parameters D."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from ippro_tp import PROImportance
+from ippro_tp.extension import LiteralExtension
+from ippro_tp.groups import groups_of, read_group
+from ippro_tp.projective import pro_score
+
+from .nets import CASES, make_pruner
+
+
+class Extended:
+    """Replaces activation calls by literal extension layers, in the order in which the model makes them.
+
+    It knows nothing of the package's own channel flow: sites are numbered calls of F.relu, F.hardtanh, ...,
+    and each test says by hand which call is the sigma of which layer.
+    """
+
+    names = ("relu", "relu_", "hardtanh", "hardtanh_", "relu6", "silu", "elu", "leaky_relu", "gelu")
+
+    def __init__(self):
+        self.layers: list[LiteralExtension] = []
+
+    def __call__(self, model, x):
+        calls = iter(range(1000))
+        outer = self
+
+        class Mode(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                kwargs = dict(kwargs or {})
+                if func.__name__ not in outer.names:
+                    return func(*args, **kwargs)
+                number = next(calls)
+                kwargs.pop("inplace", None)
+                plain = getattr(F, {"hardtanh_": "hardtanh", "relu_": "relu"}.get(func.__name__, func.__name__))
+                rest = [a for a in args[1:] if not isinstance(a, bool)]
+
+                def sigma(value):
+                    return plain(value, *rest, **kwargs)
+
+                if number == len(outer.layers):
+                    axis = args[0].dim() - 1 if args[0].dim() != 4 else 1
+                    norms = torch.rand(args[0].shape[axis], dtype=args[0].dtype)
+                    outer.layers.append(LiteralExtension(sigma, norms, axis))
+                outer.layers[number].sigma = sigma
+                return outer.layers[number](args[0])
+
+        with Mode():
+            return model(x)
+
+
+def algorithm_1(model, batches, lam, sites, targets):
+    """Tangents of Eq. 4 for each target layer: {name: (channels,)}.
+
+    Args:
+        sites: {layer: number of its activation call, or None for the identity}.
+        targets: {layer: names of the parameters that make up F}.
+    """
+    model = copy.deepcopy(model)
+    extended = Extended()
+    for x, labels in batches:
+        F.cross_entropy(extended(model, x), labels).backward()  # .grad adds up over the batches
+    scores = {}
+    for name, parameters in targets.items():
+        module = model.get_submodule(name)
+        rows, grads = [], []
+        for parameter in parameters:
+            p = module.get_parameter(parameter)
+            swap = isinstance(module, nn.ConvTranspose2d)
+            rows.append((p.transpose(0, 1) if swap else p).flatten(1) if p.dim() > 1 else p[:, None])
+            g = p.grad
+            grads.append((g.transpose(0, 1) if swap else g).flatten(1) if g.dim() > 1 else g[:, None])
+        filters, grad = torch.cat(rows, 1).detach(), torch.cat(grads, 1)
+        d = extended.layers[sites[name]].D.grad if sites[name] is not None else (filters * grad).sum(1)
+        scores[name] = pro_score(filters, grad, d, lam)
+    return scores
+
+
+def check(model, x, labels, ignored, sites, lam=0.1, target="conv", targets=None):
+    """Compare every group, coupled ones by the mean of tan^2 - 1 over their layers."""
+    batches = list(zip(x.split(2), labels.split(2), strict=True))
+    targets = targets or {name: ["weight"] for name in sites}
+    expected = algorithm_1(model, batches, lam, sites, targets)
+    imp = PROImportance(estimator="paper", step_size=lam, group_reduction="mean", target=target)
+    pruner = make_pruner(model, x[:1], imp, [model.get_submodule(n) for n in ignored])
+    imp.calibrate(pruner, batches, progress=False)
+    compared = set()
+    for group in groups_of(pruner):
+        layers = [p for p in read_group(group).producers if p.name in expected]
+        assert layers, f"no expectation for {read_group(group).key}"
+        total = torch.zeros(len(group[0].idxs), dtype=torch.float64)
+        for layer in layers:
+            total[layer.root] += expected[layer.name][layer.index] ** 2 - 1
+            compared.add(layer.name)
+        tangent = (total / len(layers) + 1).sqrt()
+        torch.testing.assert_close((imp(group).double() + 1).sqrt(), tangent, rtol=1e-5, atol=0)
+        # float32 scores keep the *excess*: it agrees to float32 precision where the tangent alone would not.
+        torch.testing.assert_close(imp(group).double(), total / len(layers), rtol=1e-5, atol=1e-9)
+    assert compared == set(expected)
+
+
+def data(samples=4, size=32, classes=10):
+    torch.manual_seed(1)
+    return torch.randn(samples, 3, size, size, dtype=torch.float64), torch.randint(0, classes, (samples,))
+
+
+def randomize_batchnorm(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    return model
+
+
+def resnet18_sites():
+    sites, call = {"conv1": 0}, 1
+    for stage in range(1, 5):
+        for block in range(2):
+            name = f"layer{stage}.{block}"
+            sites[f"{name}.conv1"], sites[f"{name}.conv2"] = call, call + 1
+            if stage > 1 and block == 0:
+                sites[f"{name}.downsample.0"] = call + 1
+            call += 2
+    return sites
+
+
+@pytest.mark.parametrize("target", ["conv", "norm"])
+def test_resnet18(target):
+    torch.manual_seed(0)
+    model = randomize_batchnorm(torchvision.models.resnet18(num_classes=10)).double().eval()
+    sites = resnet18_sites()
+    targets = None
+    if target == "norm":
+        swap = {"conv1": "bn1", "conv2": "bn2", "0": "1"}
+
+        def renamed(name):
+            head, _, tail = name.rpartition(".")
+            return f"{head}.{swap[tail]}" if head else swap[tail]
+
+        sites = {renamed(name): call for name, call in sites.items()}
+        targets = {name: ["weight", "bias"] for name in sites}
+    check(model, *data(), ["fc"], sites, target=target, targets=targets)
+
+
+def test_vgg11_bn():
+    torch.manual_seed(0)
+    model = torchvision.models.vgg11_bn(num_classes=10)
+    model.classifier = nn.Sequential(nn.Linear(512 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10))
+    model = randomize_batchnorm(model).double().eval()
+    convs = [f"features.{i}" for i, m in enumerate(model.features) if isinstance(m, nn.Conv2d)]
+    sites = {name: call for call, name in enumerate(convs)} | {"classifier.0": len(convs)}
+    check(model, *data(), ["classifier.3"], sites)
+
+
+def test_mobilenet_v2():
+    torch.manual_seed(0)
+    model = randomize_batchnorm(torchvision.models.mobilenet_v2(num_classes=10)).double().eval()
+    sites, call = {}, 0
+    for name, module in model.named_modules():
+        if isinstance(module, torchvision.models.mobilenetv2.Conv2dNormActivation):
+            sites[f"{name}.0"] = call
+            call += 1
+        elif isinstance(module, nn.Conv2d) and f"{name}" not in sites:
+            sites[name] = None  # the linear bottleneck: no activation follows its projection
+    check(model, *data(), ["classifier.1"], sites)
+
+
+def test_functional_net_with_concat_and_flatten():
+    case = CASES["concat"]
+    x, labels = case.inputs()
+    check(case.model(), x, labels, ["fc"], {"a": 0, "b": 1, "c": 2, "hidden": 3}, lam=1e-3)
+
+
+def test_transposed_and_grouped():
+    case = CASES["transposed"]
+    x, labels = case.inputs()
+    check(case.model(), x, labels, ["fc"], {"down": 0, "up": 1, "grouped": 2})
+
+
+def test_transformer_block_falls_back_to_the_identity():
+    case = CASES["transformer"]
+    model = case.model()
+    for name in ("embed", "proj", "fc2"):  # identity: d = g.y at the output; without a bias that is F.grad
+        model.get_submodule(name).register_parameter("bias", None)
+    x, labels = case.inputs()
+    sites = {"embed": None, "proj": None, "fc2": None, "fc1": 0}
+    check(model, x, labels, ["fc", "q", "k", "v"], sites)
+
+
+def test_joint_reduction_treats_coupled_filters_as_one_point():
+    case = CASES["residual"]
+    model, lam = case.model(), 0.05
+    x, labels = case.inputs()
+    batches = list(zip(x.split(2), labels.split(2), strict=True))
+    imp = PROImportance(estimator="paper", step_size=lam)
+    pruner = case.pruner(model, imp)
+    imp.calibrate(pruner, batches, progress=False)
+
+    extended, clone = Extended(), copy.deepcopy(model)
+    for part, target in batches:
+        F.cross_entropy(extended(clone, part), target).backward()
+    layers = [clone.stem, clone.blocks[0]["conv2"], clone.blocks[1]["conv2"]]
+    filters = torch.cat([layer.weight.flatten(1) for layer in layers], 1).detach()
+    grad = torch.cat([layer.weight.grad.flatten(1) for layer in layers], 1)
+    d = sum(extended.layers[i].D.grad for i in (0, 2, 4))
+    expected = pro_score(filters, grad, d, lam) ** 2 - 1
+    stream = next(g for g in groups_of(pruner) if len(read_group(g).producers) > 2)
+    torch.testing.assert_close(imp(stream).double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_tiny_steps_rank_in_float32_as_in_float64():
+    case = CASES["residual"]
+    orders = []
+    for dtype in (torch.float64, torch.float32):
+        model = case.model(dtype)
+        x, labels = case.inputs(8, dtype)
+        imp = PROImportance(estimator="paper", step_size=1e-8)
+        pruner = case.pruner(model, imp)
+        imp.calibrate(pruner, [(x, labels)], progress=False)
+        orders.append([imp(group).argsort().tolist() for group in groups_of(pruner)])
+    assert orders[0] == orders[1]
+
+
+def test_weights_before_a_batchnorm_in_train_mode_have_no_radial_gradient():
+    case = CASES["residual"]
+    model = case.model().train()
+    x, labels = case.inputs(8)
+    imp = PROImportance(estimator="paper")
+    pruner = case.pruner(model, imp)
+    model.train()
+    with imp.observe(pruner):
+        F.cross_entropy(model(x), labels).backward()
+    grad = imp._sums["grad/stem.weight"].flatten(1)
+    radial = (grad * model.stem.weight.detach().flatten(1)).sum(1)
+    assert radial.abs().max() < 1e-4 * grad.norm(dim=1).max()
