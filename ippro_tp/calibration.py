@@ -45,6 +45,7 @@ class Calibrated(abc.ABC):
     def __init__(self) -> None:
         self._sums: Sums | None = None
         self._records: dict[str, GroupRecord] = {}
+        self._ranks_globally = False  # whether the pruner that was calibrated compares layers with each other
         self._model: weakref.ref[nn.Module] | None = None
         self._weights: dict[str, weakref.ref[Tensor]] = {}
         self._cache: dict[str, Tensor] = {}
@@ -120,6 +121,7 @@ class Calibrated(abc.ABC):
                 "Check the loss and the inputs; under fp16 autocast use bf16 or a smaller loss scale."
             )
         observation.sums.all_reduce()
+        self._ranks_globally = bool(getattr(target, "global_pruning", False))
         self._commit(observation)
         self._sums = observation.sums
         self._records = records
@@ -233,6 +235,7 @@ class Calibrated(abc.ABC):
             raise NotCalibratedError(self._how_to_calibrate())
         return {
             "settings": self._settings(),
+            "ranks_globally": self._ranks_globally,
             "sums": self._sums.state_dict(),
             "groups": [_pack_record(record) for record in self._records.values()],
             "extra": self._extra_state(),
@@ -253,6 +256,7 @@ class Calibrated(abc.ABC):
         self._sums = Sums({name: value.clone() for name, value in state["sums"].items()})
         records = [_unpack_record(packed) for packed in state["groups"]]
         self._records = {record.key: record for record in records}
+        self._ranks_globally = bool(state["ranks_globally"])
         self._load_extra_state(state["extra"])
 
     def _settings(self) -> dict[str, Any]:
@@ -364,9 +368,10 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     try:
         for p, _ in flags:
             p.requires_grad_(True)  # TP follows autograd: frozen layers would be invisible
-        return tp.DependencyGraph().build_dependency(
-            model, example_inputs=None, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False
-        )
+        with torch.enable_grad():  # forward-only criteria are calibrated under no_grad
+            return tp.DependencyGraph().build_dependency(
+                model, example_inputs=None, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False
+            )
     finally:
         for module, mode in modes:
             module.training = mode

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calibration import Calibrated, LossFn
+from .cost import CostFn, group_cost, watch_positions
 from .errors import NotCalibratedError, ObservationError
 from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
 from .flow import Label, Span
@@ -44,6 +45,7 @@ class GradientObservation:
         self.sums = Sums()
         self._model, self._groups, self._estimator = model, groups, estimator
         self._records: Sequence[GroupRecord] = ()
+        self.positions: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._observer = Observer(
             model, self._begin, self._add, estimator.taps_activations, estimator.taps_through_norms
@@ -94,6 +96,10 @@ class GradientObservation:
         trained = self._estimator.trained_parameters(self._model, self._records)
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
+        layers = (layer.name for r in self._records for layer in (*r.producers, *r.consumers))
+        self._handles += watch_positions(
+            self._model, layers, self.positions, lambda: self._observer.passes == 0 and self._observer.live
+        )
         for name, parameter in trained.items():
             parameter.requires_grad_(True)
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take_grad(name)))
@@ -127,6 +133,11 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             ``"expected"`` are comparable across layers without.
         target: for ``"paper"``: ``"conv"`` takes rows of convolutions as F, ``"norm"`` the (gamma, beta) of the
             norm that follows, as the paper does in ResNets.
+        cost: divides the scores of a group by what one of its channels costs, so that a global ranking removes
+            what costs much and matters little: ``"macs"``, ``"params"``, ``None``, or a callable ``(record, model)
+            -> cost`` (a measured latency, say). ``"auto"``: ``"macs"`` for ``"expected"`` where the pruner that
+            was calibrated ranks globally, else ``None``. Within a group it changes nothing.
+        cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
         power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared.
         seed: of the labels that ``calibrate`` draws when no loss is given.
 
@@ -154,6 +165,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         normalizer: str | Callable[[Tensor], Tensor] | None = None,
         target: str = "conv",
         power: int = 1,
+        cost: str | CostFn | None = "auto",
+        cost_exponent: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -162,6 +175,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             ("group_reduction", group_reduction, REDUCTIONS),
             ("target", target, TARGETS),
             ("power", power, (1, 2)),
+            ("cost", cost if not callable(cost) else None, ("auto", "macs", "params", None)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
@@ -170,6 +184,10 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         self.estimator, self.step_size, self.target = estimator, float(step_size), target
         self.group_reduction, self.normalizer = group_reduction, normalizer
         self.power, self.seed = power, seed
+        self.cost = cost
+        self.cost_exponent = power / 2 if cost_exponent is None else cost_exponent
+        self._positions: dict[str, int] = {}
+        self._costs: dict[str, float] | None = None
         self._normalize = tp.importance.GroupMagnitudeImportance(normalizer=normalizer)._normalize
         self._wiring = Wiring()
 
@@ -199,6 +217,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         scores = self._group_scores(record, model)
         device = next(iter(model.get_submodule(record.producers[0].name).parameters()), scores).device
         picked: Tensor = self._normalize(scores.to(device)[positions.to(device)], self.normalizer)
+        picked = picked / self._relative_cost(record, model)
         # A normaliser divides by zero where all scores of a group are zero; there, all are equally unimportant.
         return picked.float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
 
@@ -211,6 +230,27 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             )
             self._cache[key] = scores.float()
         return self._cache[key]
+
+    def _relative_cost(self, record: GroupRecord, model: nn.Module) -> float:
+        """Cost of one of the group's channels to the power of ``cost_exponent``, relative to the mean group."""
+        cost = self.cost
+        if cost == "auto":
+            cost = "macs" if self.estimator == "expected" and self._ranks_globally else None
+        if cost is None:
+            return 1.0
+        if self._costs is None:
+            if callable(cost):
+                self._costs = {key: float(cost(r, model)) for key, r in self._records.items()}
+            else:
+                self._costs = {
+                    key: group_cost(r, model, self._positions, cost) for key, r in self._records.items()
+                }
+        mean = sum(self._costs.values()) / len(self._costs)
+        if not self._costs[record.key] > 0:
+            raise ValueError(
+                f"a channel of group {record.key!r} costs {self._costs[record.key]}; cost must be positive."
+            )
+        return float((self._costs[record.key] / mean) ** self.cost_exponent)
 
     def report(self) -> Report:
         """Per group: producers, where sigma was found, score range, ties and dead channels.
@@ -260,6 +300,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
     def _commit(self, observation: GradientObservation) -> None:
         self._wiring = observation.wiring
+        self._positions = observation.positions
+        self._costs = None
 
     def _default_loss(self) -> LossFn:
         return cross_entropy if self.estimator == "paper" else SoftenedLabels(seed=self.seed)
@@ -279,11 +321,13 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             }
             for site in self._wiring.sites
         ]
-        return {"sites": sites, "norm_of": dict(self._wiring.norm_of), "seen": sorted(self._wiring.seen)}
+        extra = {"positions": dict(self._positions)}
+        return {**extra, "sites": sites, "norm_of": dict(self._wiring.norm_of), "seen": sorted(self._wiring.seen)}
 
     def _load_extra_state(self, extra: Any) -> None:
         sites = tuple(
             Site(site["name"], Label(site["axis"], tuple(Span(*span) for span in site["spans"])))
             for site in extra["sites"]
         )
+        self._positions, self._costs = dict(extra["positions"]), None
         self._wiring = Wiring(sites, dict(extra["norm_of"]), frozenset(extra["seen"]))

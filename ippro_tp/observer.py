@@ -156,6 +156,11 @@ class Observer(TorchFunctionMode):
         self._handles = []
         self._end_forward()
 
+    @property
+    def live(self) -> bool:
+        """Whether a forward pass is running."""
+        return self._pass is not None
+
     def flush(self) -> None:
         """Hand over every pass that has received gradients. Called between forward passes and at the end."""
         for done in self._dirty:

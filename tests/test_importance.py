@@ -134,7 +134,7 @@ def test_after_a_step_the_statistics_are_stale():
     case = CASES["residual"]
     second = case.pruner(model, imp)
     for group in groups_of(second):
-        with pytest.raises(StaleStatisticsError, match="[Cc]alibrate again"):
+        with pytest.raises(StaleStatisticsError, match=r"[Cc]alibrate again"):
             imp(group)
     imp.calibrate(second, [case.inputs(4, torch.float32)], progress=False)
     second.step()
@@ -197,7 +197,7 @@ def test_merging_two_halves_equals_calibrating_on_both(settings):
     empty = PROImportance(**settings)
     empty.merge(whole)
     assert torch.equal(all_scores(empty, pruner), all_scores(whole, pruner))
-    with pytest.raises(NotCalibratedError, match="nothing|no statistics"):
+    with pytest.raises(NotCalibratedError, match=r"nothing|no statistics"):
         whole.merge(PROImportance(**settings))
     with pytest.raises(ValueError, match="settings differ"):
         whole.merge(_with_statistics(PROImportance(power=2, group_reduction="sum"), case))
