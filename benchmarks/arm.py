@@ -20,6 +20,7 @@ from benchmarks.prune import PruneConfig, Pruned, build_pruner, prune, size, wid
 from benchmarks.scores import FrozenScores, freeze
 from benchmarks.search import Found, find_ratio
 from benchmarks.tasks import Batch, Task
+from ippro_tp import Compensation
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ class ArmRunner:
     _scores: dict[tuple, tuple[FrozenScores, dict[str, float]]] = field(default_factory=dict)
     _memos: dict[tuple, dict[float, float]] = field(default_factory=dict)
     _plans: dict[tuple, Plan] = field(default_factory=dict)
+    _compensations: dict[int, Compensation] = field(default_factory=dict)
 
     def run(self, cell: Cell) -> dict:
         """Return the record of ``cell``; an exception becomes a record with ``status`` ``"failed"``."""
         seconds: dict[str, float] = {}
-        record = {"cell": cell.__dict__ | {}, "status": "ok", "seconds": seconds}
+        record = {"cell": cell.varied, "status": "ok", "seconds": seconds}
         try:
             record |= self._unpruned(cell, seconds) if cell.criterion == UNPRUNED else self._pruned(cell, seconds)
         except Exception as error:
@@ -150,15 +152,42 @@ class ArmRunner:
         found = find_ratio(macs_at, cell.target, memo, settings.tolerance, settings.prune.max_pruning_ratio)
         return found, "staggered" if stagger else "uniform", tried.get(found.ratio)
 
-    def _prune(self, scores: FrozenScores, ratio: float, scope: str, stagger: bool) -> Pruned:
-        task = self.task
-        return prune(task.model, task.example, task.ignored, scores, ratio, scope, self.settings.prune, stagger)
+    def _prune(
+        self,
+        scores: FrozenScores,
+        ratio: float,
+        scope: str,
+        stagger: bool,
+        compensation: Compensation | None = None,
+    ) -> Pruned:
+        task, how = self.task, self.settings.prune
+        return prune(task.model, task.example, task.ignored, scores, ratio, scope, how, stagger, compensation)
+
+    def _compensation(self, seed: int) -> Compensation:
+        """Return second moments of the unpruned network over the calibration images of ``seed``."""
+        if seed not in self._compensations:
+            model = copy.deepcopy(self.task.model)
+            pruner = build_pruner(model, self.task.example, self.task.ignored, lambda group: None)
+            self._compensations[seed] = Compensation().calibrate(pruner, self.batches(seed), progress=False)
+        return self._compensations[seed]
+
+    def _compensated(self, cell: Cell, scores: FrozenScores, plan: Plan, seconds: dict[str, float]) -> Plan:
+        """Return the same network as ``plan``'s, pruned with compensation."""
+        with _timed(seconds, "calibration"):
+            compensation = self._compensation(cell.seed)
+        with _timed(seconds, "compensation"):
+            pruned = self._prune(scores, plan.found.ratio, cell.scope, plan.rounding == "staggered", compensation)
+        if pruned.widths != plan.pruned.widths:
+            raise ArithmeticError("compensation changed which channels are pruned")
+        return Plan(pruned, plan.found, plan.rounding, plan.seconds)
 
     def _pruned(self, cell: Cell, seconds: dict[str, float]) -> dict:
         scores, spent = self.scores(cell.criterion, cell.cost, cell.seed)
         seconds |= spent
         plan = self._plan(cell, scores)
         seconds["pruning"] = plan.seconds
+        if cell.compensation != "none" and plan.found.hit:
+            plan = self._compensated(cell, scores, plan, seconds)
         base_macs, base_params = self.base_size()
         pruned = plan.pruned
         if pruned.macs >= base_macs:

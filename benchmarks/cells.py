@@ -23,24 +23,35 @@ UNPRUNED = "unpruned"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is varied: arm, cost term, scope, MACs target and seed."""
+    """What is varied: arm, cost term, scope, MACs target, seed and compensation."""
 
     criterion: str
     cost: str
     scope: str
     target: float
     seed: int
+    compensation: str = "none"
+
+    @property
+    def varied(self) -> dict:
+        """The fields that name this cell in its JSON; without compensation, it is not named."""
+        fields = dataclasses.asdict(self)
+        if self.compensation == "none":
+            del fields["compensation"]
+        return fields
 
     def path(self, out: Path, task: str, model: str) -> Path:
         """Return the JSON file of this cell under ``out``."""
-        arm = self.criterion if self.cost == "none" else f"{self.criterion}+{self.cost}"
+        options = [option for option in (self.cost, self.compensation) if option != "none"]
+        arm = "+".join([self.criterion, *options])
         model = model.replace("/", "_")
         return out / "cells" / f"{task}-{model}" / f"{arm}__{self.scope}__{self.target:g}__seed{self.seed}.json"
 
     @property
     def label(self) -> str:
         """Short description for progress bars and error lists."""
-        return f"{self.criterion} cost={self.cost} {self.scope} {self.target:g} seed {self.seed}"
+        text = f"{self.criterion} cost={self.cost} {self.scope} {self.target:g} seed {self.seed}"
+        return text if self.compensation == "none" else f"{text} {self.compensation}"
 
 
 def write_json(path: Path, record: dict) -> None:

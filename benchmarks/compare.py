@@ -42,6 +42,8 @@ class CompareConfig(TaskConfig):
     """Divide each group's scores by what its channels cost (global scope only: locally it changes nothing)."""
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
+    compensate: tuple[Literal["none", "fold"], ...] = ("none",)
+    """fold: predict removed channels from kept ones inside the next layers (``ippro_tp.Compensation``)."""
     calibration_images: int = 0
     """Training images for calibration and BatchNorm re-estimation; 0 for the task's default."""
     test_images: int = 0
@@ -108,8 +110,9 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
             for scope in config.scopes or defaults.scopes:
                 costs = config.cost if scope == "global" else ("none",)
                 cells += [
-                    Cell(name, cost, scope, target, seed)
+                    Cell(name, cost, scope, target, seed, compensation)
                     for cost in costs
+                    for compensation in config.compensate
                     for target in config.targets or defaults.targets
                 ]
     return cells
@@ -128,7 +131,7 @@ def _pending(config: CompareConfig, settings: Settings, task: Task, cells: list[
     del common["device"]
     jobs: dict[str, list] = {}
     for cell in cells:
-        path, wanted = cell.path(config.out, task.name, task.model_name), common | as_dict(cell)
+        path, wanted = cell.path(config.out, task.name, task.model_name), common | cell.varied
         if not read_finished(path, wanted):
             jobs.setdefault(cell.criterion, []).append((path, wanted, cell))
     cheap = {name: name == UNPRUNED or not find_criterion(name).seeded for name in jobs}

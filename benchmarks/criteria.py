@@ -148,26 +148,60 @@ def _hessian_fixed(model, pruner, batches, seed):
 def _pro(model, pruner, batches, seed):
     from ippro_tp import PROImportance
 
-    return _calibrated(PROImportance(), pruner, batches, seed)
+    # The cost of a channel is an axis of the harness, the same for all arms: not part of this one.
+    return _calibrated(PROImportance(seed=seed, cost=None), pruner, batches)
+
+
+@criterion("pro-labels", data="backward")
+def _pro_labels(model, pruner, batches, seed):
+    """The default, but of the loss with the true labels."""
+    from ippro_tp import PROImportance
+
+    return _calibrated(PROImportance(cost=None), pruner, batches, torch.nn.functional.cross_entropy)
+
+
+@criterion("pro-noise", data="backward")
+def _pro_noise(model, pruner, batches, seed):
+    """The default, but of the logits dotted with white noise."""
+    from ippro_tp import LogitNoise, PROImportance
+
+    return _calibrated(PROImportance(cost=None), pruner, batches, LogitNoise(seed))
+
+
+@criterion("pro-square", data="backward", degree=2)
+def _pro_square(model, pruner, batches, seed):
+    """The mean square of the offset instead of its mean size."""
+    from ippro_tp import PROImportance
+
+    return _calibrated(PROImportance(power=2, seed=seed, cost=None), pruner, batches)
+
+
+@criterion("ispasp", data="forward")
+def _ispasp(model, pruner, batches, seed):
+    from ippro_tp import SpaSPImportance
+
+    # Without a pruner: scores for the global scope. In the local scope the harness binds each pruner in turn.
+    importance = _calibrated(SpaSPImportance(), pruner, batches)
+    importance.bind(None)
+    return importance
 
 
 @criterion("pro-paper-lam<value>", data="backward")
 def _pro_paper(model, pruner, batches, seed, value):
     from ippro_tp import PROImportance
 
-    return _calibrated(PROImportance(estimator="paper", step_size=value), pruner, batches, seed)
+    return _calibrated(PROImportance(estimator="paper", step_size=value), pruner, batches)
 
 
 @criterion("pro-paper-norm-lam<value>", data="backward")
 def _pro_paper_norm(model, pruner, batches, seed, value):
     from ippro_tp import PROImportance
 
-    return _calibrated(PROImportance(estimator="paper", step_size=value, target="norm"), pruner, batches, seed)
+    return _calibrated(PROImportance(estimator="paper", step_size=value, target="norm"), pruner, batches)
 
 
-def _calibrated(importance, pruner, batches, seed):
-    """Calibrate one of ``ippro_tp``'s importances on the batches; sampled labels follow the seed."""
+def _calibrated(importance, pruner, batches, loss_fn=None):
+    """Calibrate one of ``ippro_tp``'s importances on the batches."""
     device = next(pruner.model.parameters()).device
-    torch.manual_seed(seed)
-    importance.calibrate(pruner, [(x.to(device), y.to(device)) for x, y in batches], progress=False)
+    importance.calibrate(pruner, [(x.to(device), y.to(device)) for x, y in batches], loss_fn, progress=False)
     return importance

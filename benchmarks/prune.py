@@ -13,6 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from benchmarks.scores import prunable_groups
+from ippro_tp import Compensation
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -79,9 +80,12 @@ def build_pruner(
         )
 
 
-def apply(pruner: tp.pruner.BasePruner) -> None:
-    """Remove the channels: the only place where ``step`` is called."""
-    pruner.step()
+def apply(pruner: tp.pruner.BasePruner, compensation: Compensation | None = None) -> None:
+    """Remove the channels, with or without compensation: the only place where ``step`` is called."""
+    if compensation is None:
+        pruner.step()
+    else:
+        compensation.step(pruner)
 
 
 def size(model: nn.Module, example: Tensor) -> tuple[float, float]:
@@ -122,6 +126,7 @@ def prune(
     scope: str,
     config: PruneConfig,
     stagger: bool = False,
+    compensation: Compensation | None = None,
 ) -> Pruned:
     """Prune a copy of ``model`` and check that the result runs.
 
@@ -133,14 +138,18 @@ def prune(
         ratio: Fraction of channels to remove.
         scope: ``"local"`` or ``"global"``.
         config: See :class:`PruneConfig`.
+        compensation: Calibrated on ``model``; folds removed channels into the layers that read them.
         stagger: In the local scope, round each group's ratio by :func:`staggered_ratios`.
     """
     model = copy.deepcopy(model)
+    importance = importance.for_scope(scope) if hasattr(importance, "for_scope") else importance
     pruner = build_pruner(model, example, ignored, importance, ratio, scope, config)
     if stagger:
         ratios = staggered_ratios(pruner, ratio, config.max_pruning_ratio)
         pruner = build_pruner(model, example, ignored, importance, ratio, scope, config, ratios)
-    apply(pruner)
+    if hasattr(importance, "bind"):
+        importance.bind(pruner)
+    apply(pruner, compensation)
     model.eval().zero_grad()
     macs, params = size(model, example)
     with torch.no_grad():

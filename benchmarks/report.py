@@ -59,6 +59,7 @@ def read_cells(directory: Path) -> pd.DataFrame:
 def _row(record: dict) -> dict:
     config, hit = record["config"], bool(record.get("hit", False))
     arm = config["criterion"] if config["cost"] == "none" else f"{config['criterion']} / {config['cost']}"
+    arm += "" if config.get("compensation", "none") == "none" else " + compensation"
     row = {"task": f"{config['task']} {config['model']}", "arm": arm}
     row |= {name: config[name] for name in ("criterion", "cost", "scope", "target", "seed")}
     row |= {"status": record["status"], "error": record.get("error", ""), "hit": hit}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -39,10 +40,13 @@ class FrozenScores(tp.importance.Importance):
     Args:
         scores: For each group one score per channel of its root, higher = keep; None where the criterion has none.
         source: Name of the criterion, for messages.
+        live: The importance itself, where locally its scores depend on how many channels will go: it has
+            ``bind(pruner)`` and is asked anew at every ratio.
     """
 
     scores: dict[GroupKey, Tensor | None]
     source: str = "criterion"
+    live: Any = None
 
     def __call__(self, group, **kwargs) -> Tensor | None:
         """Return the recorded scores of ``group``."""
@@ -64,6 +68,10 @@ class FrozenScores(tp.importance.Importance):
         mean = sum(costs.values()) / len(costs)
         scaled = {k: None if s is None else s / (costs[k] / mean) ** exponent for k, s in self.scores.items()}
         return FrozenScores(scaled, self.source)
+
+    def for_scope(self, scope: str) -> Any:
+        """Return what a pruner of that scope should ask: this object, or the importance it was made from."""
+        return self.live if scope == "local" and self.live is not None else self
 
     @property
     def scored(self) -> frozenset[GroupKey]:
@@ -92,4 +100,4 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
                 bad = int((~result.isfinite()).sum())
                 raise ArithmeticError(f"{source}: {bad} of {channels} scores of {key[0]!r} are not finite")
         scores[key] = result
-    return FrozenScores(scores, source)
+    return FrozenScores(scores, source, importance if hasattr(importance, "bind") else None)

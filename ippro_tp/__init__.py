@@ -1,16 +1,20 @@
 """Projective-offset importance (IPPRO, arXiv 2507.14171) for Torch-Pruning."""
 
+from .compensation import Compensation
 from .errors import IPPROError, NotCalibratedError, ObservationError, StaleStatisticsError
 from .importance import PROImportance
-from .losses import LogitNoise, SoftenedLabels
+from .losses import FisherNoise, LogitNoise
+from .spasp import SpaSPImportance
 
 __version__ = "0.1.0"
 __all__ = [
+    "Compensation",
+    "FisherNoise",
     "IPPROError",
     "LogitNoise",
     "NotCalibratedError",
     "ObservationError",
     "PROImportance",
-    "SoftenedLabels",
+    "SpaSPImportance",
     "StaleStatisticsError",
 ]

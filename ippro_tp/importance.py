@@ -16,7 +16,7 @@ from .errors import NotCalibratedError, ObservationError
 from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
 from .flow import Label, Span
 from .groups import GroupRecord
-from .losses import SoftenedLabels, cross_entropy
+from .losses import FisherNoise, cross_entropy
 from .observer import Observer, Pass, Site
 from .report import GroupReport, Report
 from .statistics import Sums
@@ -140,6 +140,13 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
         power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared.
         seed: of the labels that ``calibrate`` draws when no loss is given.
+
+    ``observe(target, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
+    loss that is summed over the batch: per-sample gradients of ``"expected"`` then need no factor.
+    ``"paper"`` takes the gradients as they come, as ``.grad`` would.
+
+    Without ``loss_fn``, ``calibrate`` differentiates :class:`~ippro_tp.FisherNoise` for ``"expected"`` (no labels
+    are needed) and the cross-entropy with the labels for ``"paper"``.
 
     Raises:
         ValueError: an option is none of the above.
@@ -304,7 +311,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         self._costs = None
 
     def _default_loss(self) -> LossFn:
-        return cross_entropy if self.estimator == "paper" else SoftenedLabels(seed=self.seed)
+        return cross_entropy if self.estimator == "paper" else FisherNoise(seed=self.seed)
 
     def _settings(self) -> dict[str, Any]:
         settings = {"class": type(self).__name__, "estimator": self.estimator}

@@ -93,6 +93,6 @@ class InputObservation:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if self._live and args and isinstance(args[0], Tensor):
                 with torch.no_grad():
-                    self._on_input(self.sums, name, module, args[0].detach())
+                    self._on_input(self.sums, name, module, args[0])
 
         return hook

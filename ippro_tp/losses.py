@@ -49,20 +49,21 @@ def _first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-class SoftenedLabels:
-    """Cross-entropy of softened predictions against labels drawn from them.
+class FisherNoise:
+    r"""The output dotted with noise whose covariance is the Fisher information of the softened prediction.
 
-    With ``z`` the logits, labels are drawn from softmax(z / temperature) and the loss is the cross-entropy of
-    z / temperature: its gradients are samples of the Fisher information of the softened prediction, which does
-    not vanish where the labels are fitted.
+    With logits z and p = softmax(z / temperature), the noise is
+    :math:`e = \sqrt p \odot \xi - p\,(\sqrt p \cdot \xi)`, :math:`\xi` standard normal, so that
+    :math:`E\,e e^T = \mathrm{diag}(p) - p p^T`. But for a constant factor, its gradients have the second moments
+    of those of a cross-entropy with labels drawn from p, at a lower variance. They do not vanish where the labels
+    are fitted: they say how the prediction reacts to a change, not whether the label likes it.
 
     Args:
         temperature: the higher, the more classes take part.
         seed: seed of the private generator.
 
     Example:
-        >>> loss = SoftenedLabels()(torch.randn(4, 10), None)
-        >>> loss.shape
+        >>> FisherNoise()(torch.randn(4, 10), None).shape
         torch.Size([])
     """
 
@@ -71,21 +72,22 @@ class SoftenedLabels:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """Mean over the batch (sum over positions of a dense output of shape ``(B, classes, ...)``)."""
-        z = main_output(outputs).float() / self.temperature
+        """Sum over a sample's positions, mean over the batch.
+
+        Classes are dimension 1 of the output, or the last one of a three-dimensional output (tokens).
+        """
+        z = main_output(outputs).float()
         if z.dim() < 2 or z.shape[1] < 2:
             raise ObservationError(
                 f"an output of shape {tuple(z.shape)} holds no class scores. Pass "
                 "loss_fn=(outputs, targets) -> scalar, or loss_fn=LogitNoise()."
             )
+        axis = 2 if z.dim() == 3 else 1
         with torch.no_grad():
-            cumulative = z.softmax(1).cumsum(1).movedim(1, -1)
-            u = torch.rand(cumulative.shape[:-1], generator=self._generator, dtype=torch.float64).to(
-                z.device, z.dtype
-            )
-            labels = torch.searchsorted(cumulative.contiguous(), u.unsqueeze(-1)).squeeze(-1)
-            labels = labels.clamp_(max=z.shape[1] - 1)
-        return F.cross_entropy(z, labels, reduction="sum") / z.shape[0]
+            p = (z / self.temperature).softmax(axis)
+            noise = p.sqrt() * _normal(z, self._generator)
+            noise -= p * noise.sum(axis, keepdim=True)
+        return (z * noise).sum() / z.shape[0]
 
 
 class LogitNoise:
@@ -107,10 +109,13 @@ class LogitNoise:
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """Mean over the batch of the dot product of each sample's output with its own noise."""
         z = main_output(outputs).float()
-        u = torch.rand(z.shape, generator=self._generator, dtype=torch.float64)
-        # Inverse of the normal distribution function: unlike randn, the same values however the batch is cut.
-        noise = torch.erfinv((2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12)) * 2**0.5
-        return (z * noise.to(z.device, z.dtype)).sum() / z.shape[0]
+        return (z * _normal(z, self._generator)).sum() / z.shape[0]
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of the shape of ``like``: unlike randn's, the same however a batch is cut."""
+    u = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+    return (torch.erfinv((2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12)) * 2**0.5).to(like.device, like.dtype)
 
 
 def cross_entropy(outputs: Any, targets: Any) -> Tensor:

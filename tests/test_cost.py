@@ -43,8 +43,8 @@ def test_cost_is_what_goes_away_with_one_channel(name, unit):
         after = tp.utils.count_ops_and_params(clone, x)
         assert width > 1
         index = 0 if unit == "macs" else 1
-        # TP's counter also counts activation modules, one operation an element; the functional ones it does not see.
-        slack = 0.06 if unit == "macs" and name != "concat" else 0.0
+        # TP's counter also counts activation modules, one operation an element; functional ones it does not see.
+        slack = 0.15 if unit == "macs" and name != "concat" else 0.0
         assert exponentless(imp, group) == pytest.approx(before[index] - after[index], rel=slack)
 
 

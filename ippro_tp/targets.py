@@ -1,0 +1,114 @@
+"""What Torch-Pruning's next step will rank in a group, and how many of that it will keep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from .groups import GroupRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Ties:
+    """Which positions of a group can only be removed together, and how many such units will stay.
+
+    Attributes:
+        unit: ``(width,)`` int64, the unit of each position.
+        units: how many there are.
+        kept: the number that Torch-Pruning will keep; ``None`` if that is not known beforehand.
+    """
+
+    unit: Tensor
+    units: int
+    kept: int | None
+
+
+def ties_of(pruner: Any | None, group: Any, record: GroupRecord, positions: Tensor) -> list[Ties]:
+    """The units that Torch-Pruning will rank: channels, channels at one place of each convolution group, or heads.
+
+    Where it ranks both head dimensions and heads there are two entries. Scores for them can be added: its mean
+    over heads is blind to a difference between heads, and the other way round.
+
+    Args:
+        pruner: the pruner that will ask; ``None`` if it is not known, and then no size is.
+        group: the ``torch_pruning`` group that is asked for.
+        record: the full group, as it was calibrated.
+        positions: ``(len(group[0].idxs),)`` where in ``record`` each asked channel stands.
+    """
+    # Torch-Pruning numbers tied channels as they stand in the group that asks.
+    place = torch.arange(record.width)
+    if positions.numel() == record.width:
+        place[positions] = torch.arange(record.width)
+    if pruner is None:
+        size = record.width // _channel_groups(record, group._DG)
+        return [Ties(place % size, size, None)]
+    size = record.width // pruner._get_channel_groups(group)
+    alone = not pruner.global_pruning and not pruner.isomorphic
+    dims = Ties(place % size, size, _kept(pruner, group, size) if alone else None)
+    attention, layers = pruner._is_atten_group(group)
+    if not attention or not pruner.prune_num_heads:
+        return [dims]
+    ratio = pruner.get_target_head_pruning_ratio(layers[0])
+    if ratio <= 0:
+        return [dims]
+    heads = max(pruner.num_heads[layer] for layer in layers)
+    kept = heads - math.ceil(ratio * heads)
+    # Under grouped-query attention heads are ranked within each key-value head.
+    alone = alone and min(pruner.num_heads[layer] for layer in layers) == heads
+    by_head = Ties(place // (record.width // heads), heads, kept if alone and 0 < kept < heads else None)
+    return [dims, by_head] if pruner.prune_head_dims else [by_head]
+
+
+def _channel_groups(record: GroupRecord, graph: Any) -> int:
+    """Into how many parts Torch-Pruning ties the channels of a group, as far as the layers themselves tell."""
+    parts = [1]
+    for side, layers in (("out", record.producers), ("in", record.consumers)):
+        for layer in layers:
+            module = graph.model.get_submodule(layer.name)
+            if isinstance(module, _ConvNd) and module.groups == module.out_channels:
+                continue  # depthwise: nothing is tied
+            pruner = graph.get_pruner_of_module(module)
+            count = pruner.get_out_channel_groups if side == "out" else pruner.get_in_channel_groups
+            parts.append(count(module))
+    return max(parts)
+
+
+def _kept(pruner: Any, group: Any, units: int) -> int | None:
+    """How many units the pruner's present step keeps, or else its next: ``None`` if neither removes any.
+
+    Inside ``step()`` the pruner already counts the step; a call before it means the step to come.
+    """
+    for step in (pruner.current_step, pruner.current_step + 1):
+        if step <= pruner.iterative_steps:
+            kept = _kept_at(pruner, group, units, step)
+            if 0 < kept < units:
+                return kept
+    return None
+
+
+def _kept_at(pruner: Any, group: Any, units: int, step: int) -> int:
+    """The number of units that ``BasePruner._prune`` keeps of a group that is ranked alone.
+
+    ``max_pruning_ratio`` caps ratios of ``pruning_ratio_dict`` only, and ``round_to`` counts all channels while
+    what is removed is counted in units: both as Torch-Pruning 1.6 does.
+    """
+    scope, ratio = pruner.DG._module2name[group[0][0].source.module], pruner.per_step_pruning_ratio[step]
+    for dep, _ in group:
+        sides = ((dep.source.module, dep.trigger), (dep.target.module, dep.handler))
+        own = [m for m, fn in sides if m in pruner._layer_to_scope and pruner.DG.is_out_channel_pruning_fn(fn)]
+        if own:
+            scope = pruner._layer_to_scope[own[0]][0]
+            ratio = pruner.get_target_pruning_ratio(own[0], step=step)
+            break
+    removed = units - int(pruner._scope_initial_channels.get(scope, units) * (1 - ratio))
+    if removed > 0 and pruner.round_to:
+        root = group[0][0]
+        out = pruner.DG.is_out_channel_pruning_fn(root.handler)
+        channels = (pruner.DG.get_out_channels if out else pruner.DG.get_in_channels)(root.target.module)
+        removed = pruner._round_to(removed, channels, pruner.round_to)
+    return units - max(removed, 0)

@@ -1,0 +1,498 @@
+"""Compensation: exact where channels are exact combinations, least squares elsewhere, never worse than nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch_pruning as tp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ippro_tp import Compensation, NotCalibratedError, ObservationError, StaleStatisticsError
+from ippro_tp.leastsquares import Moments, fold
+from ippro_tp.taps import tap_reach
+
+
+def removing(model: nn.Module, example: Tensor, removals: dict[str, list[int]], **options):
+    """A real pruner that ranks the channels of ``removals`` last and removes just them."""
+    modules = dict(model.named_modules())
+
+    def score(group):
+        dep, idxs = group[0]
+        name = next(n for n, m in modules.items() if m is dep.target.module)
+        gone = removals.get(name)
+        if gone is None:
+            return None
+        return torch.tensor([0.0 if i in gone else 1.0 + i for i in idxs])
+
+    ratios = {modules[n]: len(gone) / _outputs(modules[n]) for n, gone in removals.items()}
+    defaults = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "channel_groups": {}}
+    settings = {"pruning_ratio": 0.0, "pruning_ratio_dict": ratios, **defaults, **options}
+    return tp.pruner.BasePruner(model, (example,), importance=score, **settings)
+
+
+def _outputs(module: nn.Module) -> int:
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+
+
+def combine(layer: nn.Module, removed: list[int], seed: int = 0) -> None:
+    """Make the outputs ``removed`` of a layer exact linear combinations of its other outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    with torch.no_grad():
+        weight = layer.weight.transpose(0, 1) if transposed else layer.weight
+        kept = [i for i in range(weight.shape[0]) if i not in removed]
+        mix = torch.rand(len(removed), len(kept), generator=generator).to(weight) - 0.3
+        weight[removed] = torch.einsum("rk,k...->r...", mix, weight[kept])
+        if layer.bias is not None:
+            layer.bias[removed] = mix @ layer.bias[kept]
+
+
+def batches(shape: tuple[int, ...], samples: int = 32, size: int = 8, dtype=torch.float32, seed: int = 1):
+    x = torch.randn(samples, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return list(x.split(size))
+
+
+class Flatten(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8 * 9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.adaptive_avg_pool2d(self.a(x), 3).flatten(1))
+
+
+class Concat(nn.Module):
+    def __init__(self, padding: int = 1) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1)
+        self.c = nn.Conv2d(14, 5, 3, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.cat([self.a(x), self.b(x)], 1))
+
+
+class Residual(nn.Module):
+    """A stream with two writers and three readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.back = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.side, self.head = nn.Conv2d(8, 4, 1, stride=2), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.back(F.relu(self.inner(x)))
+        return torch.cat([self.head(x).flatten(1), self.side(x).flatten(1)], 1)
+
+
+class Attention(nn.Module):
+    """One head, v alone decides what is pruned; then an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 8) for _ in range(3))
+        self.proj, self.fc1, self.fc2 = nn.Linear(8, 6), nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        return self.fc2(F.gelu(self.fc1(self.proj(weights @ self.v(x)))))
+
+
+def _sequential(first: nn.Module, *rest: nn.Module) -> nn.Sequential:
+    return nn.Sequential(first, *rest)
+
+
+CASES = {
+    "conv": (lambda: _sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)), (3, 10, 10), {"0": [1, 4, 6]}),
+    "stride and padding": (
+        lambda: _sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3, stride=2, padding=1)),
+        (3, 10, 10),
+        {"0": [1, 4, 6]},
+    ),
+    "dilation, reflected": (
+        lambda: _sequential(
+            nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3, dilation=2, padding=2, padding_mode="reflect", bias=False)
+        ),
+        (3, 10, 10),
+        {"0": [0, 7]},
+    ),
+    "strided 1x1": (
+        lambda: _sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1, stride=2), nn.ReLU()),
+        (3, 10, 10),
+        {"0": [2, 3]},
+    ),
+    "batch norm": (
+        lambda: _sequential(
+            nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1)
+        ),
+        (3, 10, 10),
+        {"0": [0, 5]},
+    ),
+    "conv1d": (lambda: _sequential(nn.Conv1d(3, 8, 3), nn.Conv1d(8, 5, 3, padding=1)), (3, 12), {"0": [1, 2]}),
+    "transposed": (
+        lambda: _sequential(
+            nn.ConvTranspose2d(3, 8, 3), nn.ConvTranspose2d(8, 5, 3, stride=2, padding=1, output_padding=1)
+        ),
+        (3, 6, 6),
+        {"0": [1, 7]},
+    ),
+    "linear": (lambda: _sequential(nn.Linear(6, 10), nn.Linear(10, 4)), (6,), {"0": [0, 3, 9]}),
+    "tokens": (lambda: _sequential(nn.Linear(6, 10), nn.Linear(10, 4)), (7, 6), {"0": [0, 3, 9]}),
+    "flatten": (Flatten, (3, 8, 8), {"a": [2, 3]}),
+    "concat": (Concat, (3, 8, 8), {"a": [2, 3], "b": [0]}),
+}
+
+
+@pytest.mark.parametrize("max_features", [0, 1152])
+@pytest.mark.parametrize("case", CASES)
+def test_exact_combinations_cost_nothing(case: str, max_features: int) -> None:
+    make, shape, removals = CASES[case]
+    torch.manual_seed(0)
+    model = make().eval()
+    for name, removed in removals.items():
+        combine(model.get_submodule(name), removed)
+    reference, x = copy.deepcopy(model), torch.randn(16, *shape)
+    pruner = removing(model, x[:1], removals)
+    report = (
+        Compensation(max_features=max_features).calibrate(pruner, batches(shape, 64), progress=False).step(pruner)
+    )
+    assert report.rows
+    assert not any(row.skipped for row in report.rows), str(report)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in reference.parameters())
+    expected, got = reference(x), model(x)
+    assert (got - expected).norm() <= 1e-5 * expected.norm(), str(report)
+
+
+def test_grouped_convolution_is_solved_within_its_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3, padding=1, groups=2)).eval()
+    removed = [1, 4, 7, 10]
+    with torch.no_grad():  # each removed channel is made of channels of its own group
+        for group in ([0, 2, 3, 5], [6, 8, 9, 11]):
+            gone = [c for c in removed if c // 6 == group[0] // 6]
+            mix = torch.rand(2, 4) - 0.3
+            model[0].weight[gone] = torch.einsum("rk,k...->r...", mix, model[0].weight[group])
+            model[0].bias[gone] = mix @ model[0].bias[group]
+    reference, x = copy.deepcopy(model), torch.randn(8, 3, 9, 9)
+    scores = torch.ones(12)
+    scores[removed] = 0
+    pruner = tp.pruner.BasePruner(
+        model, (x[:1],), importance=lambda group: scores[group[0].idxs], pruning_ratio=1 / 3,
+        ignored_layers=[model[1]], in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
+    )  # fmt: skip
+    report = Compensation().calibrate(pruner, batches((3, 9, 9)), progress=False).step(pruner)
+    assert model[1].weight.shape == (8, 4, 3, 3)
+    assert (model(x) - reference(x)).norm() <= 1e-5 * reference(x).norm(), str(report)
+
+
+def test_residual_stream_is_solved_at_each_reader() -> None:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    removed, kept = [1, 6], [0, 2, 3, 4, 5, 7]
+    mix = torch.rand(2, 6) - 0.3
+    with torch.no_grad():
+        for layer in (model.stem, model.back):
+            layer.weight[removed] = torch.einsum("rk,k...->r...", mix, layer.weight[kept])
+            layer.bias[removed] = mix @ layer.bias[kept]
+    reference, x = copy.deepcopy(model), torch.randn(8, 3, 8, 8)
+    pruner = removing(model, x[:1], {"stem": removed, "back": removed}, ignored_layers=[model.head, model.side])
+    report = Compensation().calibrate(pruner, batches((3, 8, 8), 64), progress=False).step(pruner)
+    assert {row.name for row in report.rows} == {"inner", "side", "head"}
+    assert (model(x) - reference(x)).norm() <= 1e-5 * reference(x).norm(), str(report)
+
+
+def test_attention_values_and_mlp() -> None:
+    torch.manual_seed(0)
+    model = Attention().eval()
+    combine(model.v, [2, 5])
+    with torch.no_grad():  # a GELU of equal rows: hidden channels 3 and 8 repeat 0 and 1, q and k use 6 of 8
+        for layer in (model.q, model.k):
+            layer.weight[[2, 5]] = 0
+            layer.bias[[2, 5]] = 0
+        model.fc1.weight[[3, 8]] = model.fc1.weight[[0, 1]]
+        model.fc1.bias[[3, 8]] = model.fc1.bias[[0, 1]]
+    reference, x = copy.deepcopy(model), torch.randn(8, 5, 6)
+    removals = {"q": [2, 5], "k": [2, 5], "v": [2, 5], "fc1": [3, 8]}
+    pruner = removing(model, x[:1], removals, ignored_layers=[model.fc2])
+    report = Compensation().calibrate(pruner, batches((5, 6), 64), progress=False).step(pruner)
+    assert {"proj", "fc2"} <= {row.name for row in report.rows}
+    assert (model(x) - reference(x)).norm() <= 1e-5 * reference(x).norm(), str(report)
+
+
+def reads(stored: Tensor, padding: int) -> Tensor:
+    """Rows that a 3x3 convolution reads from ``(n, c, h, w)``, as often as it reads them, padding too."""
+    patches = F.unfold(stored, 3, padding=padding).unflatten(1, (stored.shape[1], 9))
+    return patches.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_equal_least_squares_on_stored_activations(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 10, 3, bias=False), nn.ReLU(), nn.Conv2d(10, 6, 1, bias=bias))
+    model = model.double().eval()
+    original, loader, removed = copy.deepcopy(model), batches((3, 8, 8), 24, 8, torch.float64), [0, 3, 7]
+    pruner = removing(model, loader[0][:1], {"0": removed})
+    Compensation(ridge=0.0).calibrate(pruner, loader, progress=False).step(pruner)
+
+    stored = original[:2](torch.cat(loader)).transpose(0, 1).flatten(1).T  # (rows, channels)
+    kept = [c for c in range(10) if c not in removed]
+    features = torch.cat([stored[:, kept], stored.new_ones(len(stored), 1)], 1) if bias else stored[:, kept]
+    solution = torch.linalg.lstsq(features, stored[:, removed]).solution[: len(kept)]
+    weight = original[2].weight
+    expected = weight[:, kept] + torch.einsum("orhw,kr->okhw", weight[:, removed], solution)
+    torch.testing.assert_close(model[2].weight, expected, rtol=1e-6, atol=1e-6)
+    if bias:  # the mean output is what it was
+        before, after = (net(torch.cat(loader)).mean((0, 2, 3)) for net in (original, model))
+        torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_patches_give_the_least_squares_solution_for_the_output(bias: bool, stride: int) -> None:
+    torch.manual_seed(0)
+    consumer = nn.Conv2d(6, 5, 3, padding=1, stride=stride, bias=bias)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), consumer).double().eval()
+    original, loader, removed = copy.deepcopy(model), batches((3, 9, 8), 24, 8, torch.float64), [0, 3]
+    pruner = removing(model, loader[0][:1], {"0": removed})
+    report = Compensation(ridge=0.0).calibrate(pruner, loader, progress=False).step(pruner)
+    assert [row.method for row in report.rows] == ["patch"]
+    with torch.no_grad():
+        hidden = original[:2](torch.cat(loader))
+        outputs = original[2](hidden).transpose(0, 1).flatten(1).T
+        rows = F.unfold(hidden[:, [1, 2, 4, 5]], 3, padding=1, stride=stride).transpose(1, 2).flatten(0, 1)
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if bias else rows
+        solution = torch.linalg.lstsq(rows, outputs).solution.T
+    torch.testing.assert_close(model[2].weight.flatten(1), solution[:, :36], rtol=1e-6, atol=1e-6)
+    if bias:
+        torch.testing.assert_close(model[2].bias, solution[:, 36], rtol=1e-6, atol=1e-6)
+
+
+def test_padding_counts_as_zeros_that_are_read() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 6, 3, padding=1)).double().eval()
+    original, loader, removed = copy.deepcopy(model), batches((3, 30, 30), 16, 8, torch.float64), [0, 3, 7]
+    pruner = removing(model, loader[0][:1], {"0": removed})
+    Compensation(ridge=0.0, max_features=0).calibrate(pruner, loader, progress=False).step(pruner)
+    kept = [c for c in range(10) if c not in removed]
+    with torch.no_grad():
+        rows = reads(original[:2](torch.cat(loader)), padding=1)
+        features = torch.cat([rows[:, kept], rows.new_ones(len(rows), 1)], 1)
+        solution = torch.linalg.lstsq(features, rows[:, removed]).solution[: len(kept)]
+        weight = original[2].weight
+        expected = weight[:, kept] + torch.einsum("orhw,kr->okhw", weight[:, removed], solution)
+        # Positions at the border are read less often than others, which second moments leave out of account.
+        assert (model[2].weight - expected).norm() < 0.02 * (expected - weight[:, kept]).norm()
+        before, after = (net(torch.cat(loader)).mean((0, 2, 3)) for net in (original, model))
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
+def test_concat_is_solved_jointly_whatever_the_order(order: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Concat(padding=0).double().eval()
+    loader = batches((3, 8, 8), 24, 8, torch.float64)
+    original = copy.deepcopy(model)
+    pruner = removing(model, loader[0][:1], {"a": [1, 2], "b": [0, 4]})
+    comp = Compensation(ridge=0.0, max_features=0).calibrate(pruner, loader, progress=False)
+
+    class Reordered:
+        """The same pruner, yielding its groups in ``order``."""
+
+        def __init__(self) -> None:
+            self.DG = pruner.DG
+
+        def step(self, interactive: bool):
+            assert interactive
+            for name in order:
+                layer = getattr(model, name)
+                gone = [1, 2] if name == "a" else [0, 4]
+                yield pruner.DG.get_pruning_group(layer, tp.prune_conv_out_channels, gone)
+
+    import ippro_tp.compensation as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "graph_of", lambda target: pruner.DG)
+        comp.step(Reordered())
+    with torch.no_grad():
+        x = torch.cat(loader)
+        stored = torch.cat([original.a(x), original.b(x)], 1).transpose(0, 1).flatten(1).T
+    removed = [1, 2, 8, 12]
+    kept = [c for c in range(14) if c not in removed]
+    features = torch.cat([stored[:, kept], stored.new_ones(len(stored), 1)], 1)
+    solution = torch.linalg.lstsq(features, stored[:, removed]).solution[: len(kept)]
+    weight = original.c.weight
+    expected = weight[:, kept] + torch.einsum("orhw,kr->okhw", weight[:, removed], solution)
+    torch.testing.assert_close(model.c.weight, expected, rtol=1e-6, atol=1e-6)
+
+
+def small_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 12, 3, bias=False),
+        nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    ).eval()  # fmt: skip
+
+
+def pruner_of(model: nn.Module, ratio: float = 0.5):
+    return tp.pruner.BasePruner(
+        model, (torch.randn(1, 3, 9, 9),), importance=tp.importance.MagnitudeImportance(), pruning_ratio=ratio,
+        ignored_layers=[model[-1]], in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
+        iterative_steps=1,
+    )  # fmt: skip
+
+
+def test_nothing_changes_where_nothing_is_removed() -> None:
+    model = small_net()
+    pruner = pruner_of(model, 0.0)
+    comp = Compensation().calibrate(pruner, batches((3, 9, 9)), progress=False)
+    before = copy.deepcopy(model.state_dict())
+    assert comp.step(pruner).rows == ()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_observing_leaves_the_model_as_it_was() -> None:
+    model = small_net().train()
+    pruner = pruner_of(model)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    with Compensation().observe(pruner):
+        for x in batches((3, 9, 9)):
+            model(x)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def output_error(ratio: float, images: int, compensate: bool, seed: int) -> float:
+    model = small_net()
+    reference, x = copy.deepcopy(model), torch.randn(256, 3, 9, 9, generator=torch.Generator().manual_seed(99))
+    pruner = pruner_of(model, ratio)
+    if compensate:
+        Compensation().calibrate(pruner, batches((3, 9, 9), images, 2, seed=seed), progress=False).step(pruner)
+    else:
+        pruner.step()
+    return float((model(x) - reference(x)).norm())
+
+
+@pytest.mark.parametrize("images", [1, 2, 4, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_images_do_no_harm(images: int, seed: int) -> None:
+    """Each layer's held-out output is nearer to the original's than without compensation, or the same."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3, padding=1)).eval()
+    plain, reference = copy.deepcopy(model), copy.deepcopy(model)
+    removals, x = {"0": [0, 2, 3, 5, 8, 11, 13]}, torch.randn(256, 3, 9, 9)
+    removing(plain, x[:1], removals).step()
+    pruner = removing(model, x[:1], removals)
+    Compensation().calibrate(pruner, batches((3, 9, 9), images, 2, seed=seed), progress=False).step(pruner)
+    errors = [float((net(x) - reference(x)).norm()) for net in (model, plain)]
+    assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+def test_more_images_help() -> None:
+    assert output_error(0.5, 256, True, 0) < 0.7 * output_error(0.5, 256, False, 0)
+
+
+def test_merge_equals_one_calibration_and_state_dict_round_trips() -> None:
+    model = small_net()
+    pruner, loader = pruner_of(model), batches((3, 9, 9), 32, 8)
+    whole = Compensation().calibrate(pruner, loader, progress=False)
+    merged = Compensation().calibrate(pruner, loader[:2], progress=False)
+    merged.merge(Compensation().calibrate(pruner, loader[2:], progress=False))
+    file = io.BytesIO()
+    torch.save(merged.state_dict(), file)
+    file.seek(0)
+    loaded = Compensation()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    models = []
+    for comp in (whole, merged, loaded):
+        pruned = copy.deepcopy(model)
+        comp.step(pruner_of(pruned))
+        models.append(pruned.state_dict())
+    for key, value in models[0].items():
+        torch.testing.assert_close(models[1][key], value)
+        assert torch.equal(models[1][key], models[2][key])
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(1, 15), max_size=5))
+def test_statistics_do_not_depend_on_batches(cuts: list[int]) -> None:
+    model = small_net()
+    pruner, x = pruner_of(model), batches((3, 9, 9), 16, 16)[0]
+    parts = [p for p in torch.tensor_split(x, sorted(cuts)) if len(p)]
+    one = Compensation().calibrate(pruner, [x], progress=False).state_dict()["sums"]
+    many = Compensation().calibrate(pruner, parts, progress=False).state_dict()["sums"]
+    assert one.keys() == many.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_stale_and_missing_statistics() -> None:
+    model = small_net()
+    pruner = pruner_of(model)
+    comp = Compensation()
+    with pytest.raises(NotCalibratedError, match="calibrate"):
+        comp.step(pruner)
+    with pytest.raises(TypeError):
+        comp.step(model)
+    with pytest.raises(ObservationError), comp.observe(pruner):
+        pass
+    comp.calibrate(pruner, batches((3, 9, 9)), progress=False)
+    comp.step(pruner)
+    with pytest.raises(StaleStatisticsError, match="Calibrate again"):
+        comp.step(pruner)
+    with pytest.raises(ValueError, match="ridge"):
+        Compensation(ridge=-1.0)
+
+
+def test_dead_channels_and_fewer_samples_than_channels() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+    with torch.no_grad():
+        model[0].weight[:20] = 0
+        model[0].bias[:20] = -1
+    for removed in (list(range(10, 30)), list(range(20))):
+        pruned = copy.deepcopy(model)
+        pruner = removing(pruned, torch.randn(1, 8), {"0": removed})
+        report = Compensation().calibrate(pruner, batches((8,), 12, 4), progress=False).step(pruner)
+        assert all(p.isfinite().all() for p in pruned.parameters())
+        assert report.rows[0].left <= report.rows[0].lost
+
+
+def test_fold_is_the_minimum_of_the_expected_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 7, generator=generator, dtype=torch.float64) @ torch.randn(
+        7, 7, generator=generator, dtype=torch.float64
+    )
+    halves = tuple(
+        Moments(torch.tensor([float(len(h))]).double(), h.sum(0)[None], (h.T @ h)[None]) for h in (x[::2], x[1::2])
+    )
+    weight = torch.randn(1, 3, 7, 1, generator=generator, dtype=torch.float64)
+    kept, removed = torch.tensor([[0, 1, 3, 5]]), torch.tensor([[2, 4, 6]])
+    result = fold(weight, halves, kept, removed, affine=False, ridge=0.0)
+    expected = torch.linalg.lstsq(x[:, kept[0]], x @ weight[0, :, :, 0].T).solution.T
+    torch.testing.assert_close(result.weight[0, :, :, 0], expected)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (3, 0, 1)])
+def test_tap_reach_gives_the_mean_output(mode: str, stride: int, padding: int, dilation: int) -> None:
+    conv = nn.Conv2d(2, 3, 3, stride=stride, padding=padding, dilation=dilation, padding_mode=mode, bias=False)
+    conv = conv.double()
+    x = torch.randn(1, 2, 9, 11, dtype=torch.float64)
+    means = torch.einsum("chw,ih,jw->cij", x[0], tap_reach(conv, 0, 9), tap_reach(conv, 1, 11))
+    torch.testing.assert_close(torch.einsum("ocij,cij->o", conv.weight, means), conv(x).mean((0, 2, 3)))
+
+
+def test_tap_reach_of_a_transposed_convolution() -> None:
+    conv = nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1, bias=False).double()
+    x = torch.randn(1, 2, 5, 6, dtype=torch.float64)
+    means = torch.einsum("chw,ih,jw->cij", x[0], tap_reach(conv, 0, 5), tap_reach(conv, 1, 6))
+    torch.testing.assert_close(torch.einsum("coij,cij->o", conv.weight, means), conv(x).mean((0, 2, 3)))
