@@ -71,7 +71,9 @@ class Compensation(Calibrated):
     (see :mod:`ippro_tp.leastsquares`); the mean that is left goes into its bias, or into the running mean of the
     BatchNorm that alone reads its output. Labels and gradients are not needed. Convolutions of any stride,
     padding, dilation and grouping, transposed convolutions and Linear layers, also after flattening or
-    concatenation and in residual streams, are covered; layers of other kinds are left as they are and reported.
+    concatenation and in residual streams, are covered. Layers of other kinds (``nn.MultiheadAttention``'s own
+    projection, LSTM, weights that are parametrized) are left as Torch-Pruning leaves them. Where a LayerNorm
+    stands before the layer, what it does is taken as unchanged, although it averages over fewer channels.
 
     All removals of one :meth:`step` are solved jointly, against the statistics of the unpruned model, so that
     the order of the groups does not matter. After a step the statistics are stale: calibrate again before the

@@ -84,7 +84,7 @@ class MomentObservation(InputObservation):
         self._before = self._batch = 0
         self._last: list[tuple[weakref.ref[Tensor], Any, _Parts]] = []
         self._centers: dict[str, Tensor | None] = {}
-        self._geometry: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        self._geometry: dict[Any, tuple[list[Tensor], list[Tensor], float]] = {}
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._start(module, args, kwargs)
@@ -130,6 +130,7 @@ class MomentObservation(InputObservation):
     def _parts(self, name: str, module: nn.Module, x: Tensor, span: int) -> _Parts:
         shape = _shape_of(module)
         key = None if x.is_inference() else (x._version, span, shape)
+        self._last = [entry for entry in self._last if entry[0]() is not None]
         for known, known_key, parts in self._last:  # several branches often read one tensor
             same = key is not None and known() is x and known_key == key
             if same and self._centers.get(name, parts.center) is parts.center:
@@ -151,8 +152,9 @@ class MomentObservation(InputObservation):
         if (shape, lengths, x.device) not in self._geometry:
             reach = [tap_reach(module, d, n).to(x.device, wide) for d, n in enumerate(lengths)]
             sources = [] if module.transposed else [tap_sources(module, d, n) for d, n in enumerate(lengths)]
-            self._geometry[shape, lengths, x.device] = reach, [s.to(x.device) for s in sources]
-        reach, sources = self._geometry[shape, lengths, x.device]
+            covered = math.prod(float(matrix.sum(1).mean()) for matrix in reach)
+            self._geometry[shape, lengths, x.device] = reach, [s.to(x.device) for s in sources], covered
+        reach, sources, covered = self._geometry[shape, lengths, x.device]
         width, taps = x.shape[1] // module.groups, math.prod(module.kernel_size)
         by_patch = not module.transposed and taps > 1 and width * taps <= self._max_features
         features = width * taps if by_patch else width
@@ -167,10 +169,10 @@ class MomentObservation(InputObservation):
         if by_patch:
             some = outputs if exact else max(PATCH_LEAST, PATCH_WORK // (module.groups * features**2))
             first = self._before * max(1, n // max(1, self._batch))
-            values, center = patches(x, sources, first, some), means.flatten() / n
+            values, center = patches(x, sources, first, some, covered < 1), means.flatten() / n
         else:
             values, center = _thinned(x.flatten(2), width, x.shape[-1], exact), image.flatten(1).mean(1) / n
-            coverage = math.prod(float(matrix.sum(1).mean()) for matrix in reach)
+            coverage = covered
         return self._half_moments(name, values, module.groups, center, means, n)._replace(coverage=coverage)
 
     def _pointwise(self, name: str, module: nn.Module, x: Tensor, span: int, wide: torch.dtype) -> _Parts:

@@ -58,7 +58,7 @@ def tap_reach(module: _ConvNd, dim: int, length: int) -> Tensor:
     return reach[:, :length] / max(1, sources.shape[0])
 
 
-def patches(x: Tensor, sources: list[Tensor], first: int, some: int) -> Tensor:
+def patches(x: Tensor, sources: list[Tensor], first: int, some: int, padded: bool = True) -> Tensor:
     """What a convolution reads for some of its outputs.
 
     Args:
@@ -67,6 +67,7 @@ def patches(x: Tensor, sources: list[Tensor], first: int, some: int) -> Tensor:
         first: number of the first sample: different samples give different outputs, in a golden-ratio sequence,
             so that all positions have their turn.
         some: outputs per sample; all of them if there are no more.
+        padded: whether ``sources`` hold any -1.
 
     Returns:
         ``(n, channels * taps, outputs)``, channels slowest.
@@ -77,8 +78,8 @@ def patches(x: Tensor, sources: list[Tensor], first: int, some: int) -> Tensor:
     if some >= total:
         chosen = torch.arange(total, device=x.device).expand(n, -1)
     else:
-        turn = torch.arange(first * some, (first + n) * some, dtype=torch.float64, device=x.device)
-        chosen = (turn * GOLDEN % 1 * total).long().view(n, some)
+        turn = torch.arange(first * some, (first + n) * some, dtype=torch.float64)
+        chosen = (turn * GOLDEN % 1 * total).long().view(n, some).to(x.device)
     index = torch.zeros(n, chosen.shape[1], 1, dtype=torch.long, device=x.device)
     inside = torch.ones_like(index, dtype=torch.bool)
     rest = chosen
@@ -90,6 +91,6 @@ def patches(x: Tensor, sources: list[Tensor], first: int, some: int) -> Tensor:
         inside = ((read >= 0) & inside.unsqueeze(-2)).flatten(-2)
     where = index.flatten(1).unsqueeze(1).expand(-1, channels, -1)
     values = x.flatten(2).gather(2, where).view(n, channels, *index.shape[1:])
-    if any(bool((source < 0).any()) for source in sources):
+    if padded:
         values = values * inside.unsqueeze(1).to(x.dtype)
     return values.transpose(1, 2).flatten(2).transpose(1, 2)  # features lie next to each other in memory
