@@ -38,7 +38,7 @@ class CompareConfig(TaskConfig):
     """Seeds of the calibration sample, of random scores and of fine-tuning."""
     seed: int | None = None
     """Short for a single --seeds."""
-    cost: tuple[Literal["none", "macs", "params"], ...] = ("none",)
+    cost: tuple[Literal["none", "macs", "params"], ...] = ()
     """Divide each group's scores by what its channels cost (global scope only: locally it changes nothing)."""
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
@@ -108,7 +108,7 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
     for name in names:
         for seed in seeds:
             for scope in config.scopes or defaults.scopes:
-                costs = config.cost if scope == "global" else ("none",)
+                costs = (config.cost or defaults.costs) if scope == "global" else ("none",)
                 cells += [
                     Cell(name, cost, scope, target, seed, compensation)
                     for cost in costs

@@ -51,6 +51,7 @@ class TaskDefaults:
     scopes: tuple[str, ...] = ("local", "global")
     seeds: tuple[int, ...] = (0, 1, 2)
     test_images: int = 0
+    costs: tuple[str, ...] = ("none",)
 
 
 class ImageSet(Protocol):

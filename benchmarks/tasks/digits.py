@@ -28,6 +28,7 @@ DEFAULTS = TaskDefaults(
     ),
     targets=(0.75, 0.5),
     calibration_images=256,
+    costs=("none", "macs"),
 )  # fmt: skip
 
 
