@@ -8,7 +8,9 @@ from ippro_tp.errors import ObservationError
 from ippro_tp.extension import LiteralExtension, Tap, require_grad, sample_sums
 
 
-@pytest.mark.parametrize("sigma", [F.relu, F.silu, F.gelu, torch.tanh, lambda x: x], ids=str)
+@pytest.mark.parametrize(
+    "sigma", [F.relu, F.silu, F.gelu, torch.tanh, lambda x: x], ids=["relu", "silu", "gelu", "tanh", "identity"]
+)
 @pytest.mark.parametrize(("shape", "axis"), [((4, 5, 3, 3), 1), ((4, 6, 5), 2), ((4, 5), 1)])
 def test_tap_reads_the_gradient_of_D(sigma, shape, axis):
     torch.manual_seed(0)
