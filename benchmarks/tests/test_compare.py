@@ -32,12 +32,15 @@ def quick_digits(monkeypatch, tmp_path):
 
 def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main([*quick_digits, "--criteria", "random", "l1", "--finetune-epochs", "1"]) == 0
+    axes = ["--cost", "none", "--compensate", "none", "fold"]
+    assert main([*quick_digits, "--criteria", "random", "l1", "--finetune-epochs", "1", *axes]) == 0
     cells = read_cells(out)
-    assert sorted(cells.criterion) == ["l1", "random", "unpruned"]
+    assert sorted(cells.arm) == ["l1", "l1 + compensation", "random", "random + compensation", "unpruned"]
     assert (cells.status == "ok").all()
     assert cells.finetuned.notna().all()
     record = json.loads(next(out.glob("cells/*/l1__global__0.6__seed0.json")).read_text())
+    folded = json.loads(next(out.glob("cells/*/l1+fold__global__0.6__seed0.json")).read_text())
+    assert folded["widths"] == record["widths"]
     assert abs(record["macs_fraction"] - 0.6) <= 0.01
     assert record["min_width"] == min(record["widths"].values())
     assert {"pruned", "bn", "finetuned"} == record["accuracy"].keys()
@@ -45,6 +48,12 @@ def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
     assert main(["report", str(out)]) == 0
     assert (out / "report.md").exists()
     assert (out / "accuracy_digits_resnet14.png").stat().st_size > 10_000
+
+
+def test_digits_ranks_globally_with_and_without_the_cost():
+    cells = compare._grid(compare.CompareConfig(), ("l1",))
+    assert {cell.cost for cell in cells if cell.scope == "global"} == {"none", "macs"}
+    assert {cell.cost for cell in cells if cell.scope == "local"} == {"none"}
 
 
 def test_second_run_recomputes_nothing_and_changed_config_is_detected(quick_digits, tmp_path, monkeypatch, capsys):
