@@ -27,11 +27,13 @@ class ReportConfig:
 
     directory: tyro.conf.Positional[Path]
     """The --out folder of ``compare``."""
+    arms: tuple[str, ...] = ()
+    """Show only these arms, as the tables name them ("pro / macs"); empty for all."""
 
 
 def run(config: ReportConfig) -> None:
     """Write the report into ``config.directory`` and print its tables."""
-    cells = read_cells(config.directory)
+    cells = _chosen(read_cells(config.directory), config.arms)
     cells.to_csv(config.directory / "cells.csv", index=False)
     figures = draw_curves(cells, config.directory)
     text = markdown(cells)
@@ -41,6 +43,14 @@ def run(config: ReportConfig) -> None:
     print(
         f"wrote {', '.join(map(str, (config.directory / 'report.md', config.directory / 'cells.csv', *figures)))}"
     )
+
+
+def _chosen(cells: pd.DataFrame, arms: tuple[str, ...]) -> pd.DataFrame:
+    unknown = sorted(set(arms) - set(cells.arm))
+    if unknown:
+        known = ", ".join(map(repr, dict.fromkeys(cells.arm)))
+        raise UsageError(f"no results of the arm {unknown[0]!r}; there are {known}")
+    return cells[cells.arm.isin([*arms, UNPRUNED])] if arms else cells
 
 
 def read_cells(directory: Path) -> pd.DataFrame:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cells import UNPRUNED, Cell, write_json
+from benchmarks.errors import UsageError
 from benchmarks.ratio import summary
 from benchmarks.report import ReportConfig, bootstrap_interval, markdown, paired_differences, read_cells, run
 
@@ -77,3 +78,12 @@ def test_files_are_written(results, capsys):
 def test_ratio_summary_pairs_rounds():
     text = summary({"plain": [1.0, 2.0, 4.0], "expected": [1.2, 2.4, 4.8]})
     assert text.splitlines()[-1].split("|")[3].strip() == "1.200"
+
+
+def test_arms_can_be_chosen(results):
+    run(ReportConfig(results, arms=("pro", "l1")))
+    text = (results / "report.md").read_text()
+    assert "| pro" in text
+    assert "lamp" not in text
+    with pytest.raises(UsageError, match=r"'magic'.*'lamp'"):
+        run(ReportConfig(results, arms=("magic",)))
