@@ -4,18 +4,18 @@ An estimator is two functions of sums: ``update`` adds what one pass gave, ``sco
 for each channel of a group.
 
 * :class:`PaperEstimator`: Eq. 4 of IPPRO on gradients accumulated over the calibration set.
-* :class:`ExpectedEstimator`: the expectation, over samples, of the size of each sample's own offset. With the
-  reference coordinate frozen, one infinitesimal step on sample n moves the log-tangent of the filter's angle by
-  :math:`-\lambda\,t_n / \lVert F\rVert^2` times :math:`\lVert F\rVert^2`: the extension with
-  sigma = identity at the producer's output gives :math:`t_n = F\cdot\nabla_n` directly (no weight gradient is
-  formed). The accumulated gradient of Eq. 4 is a *signed* sum that vanishes at a trained optimum, so
-  important channels are as likely to rank low as high; :math:`E_n|t_n|` does not cancel.
+* :class:`ExpectedEstimator`: the expectation, over samples, of the size of each sample's own offset. Freeze the
+  reference coordinate D and take the step that is natural on projective space, :math:`\lambda\lVert F\rVert^2`: as
+  :math:`\lambda \to 0`, sample n moves the logarithm of :math:`\tan\theta` by :math:`-\lambda\,t_n` with
+  :math:`t_n = F\cdot\nabla_n`. The extension with sigma = identity at the producer's output gives :math:`t_n`
+  directly; no weight gradient is formed. The accumulated gradient of Eq. 4 is a *signed* sum that vanishes at a
+  trained optimum, so important channels are as likely to rank low as high; :math:`E_n|t_n|` does not cancel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -38,7 +38,7 @@ class Wiring:
     """
 
     sites: tuple[Site, ...] = ()
-    norm_of: Mapping[str, str] = None  # type: ignore[assignment]
+    norm_of: Mapping[str, str] = field(default_factory=dict)
     seen: frozenset[str] = frozenset()
 
     def site_of(self, layer: str) -> str | None:
