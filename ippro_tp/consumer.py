@@ -12,6 +12,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+PLAIN_FORWARDS = {
+    layer.forward
+    for layer in (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    )
+}
+"""Layers that use their weight as it is."""
+
 
 class UnfitError(Exception):
     """A layer cannot be compensated; the message is the reason."""
@@ -83,6 +97,10 @@ class Consumer:
         weight: Tensor = self.module.weight
         if self._parametrized:
             raise UnfitError("its weight is parametrized")
+        if type(self.module).forward not in PLAIN_FORWARDS:
+            raise UnfitError(
+                "its class has a forward of its own, which may change the weight (standardisation, say)"
+            )
         if self._groups > 1 and (self._in_axis == 0 or self._groups != self.module.groups):
             raise UnfitError("grouped and transposed, or its groups changed")
         full = self._weight.detach()

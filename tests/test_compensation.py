@@ -496,3 +496,31 @@ def test_tap_reach_of_a_transposed_convolution() -> None:
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64)
     means = torch.einsum("chw,ih,jw->cij", x[0], tap_reach(conv, 0, 5), tap_reach(conv, 1, 6))
     torch.testing.assert_close(torch.einsum("coij,cij->o", conv.weight, means), conv(x).mean((0, 2, 3)))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone_and_reported():
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight / self.weight.flatten(1).std(1).view(-1, 1, 1, 1)
+            return nn.functional.conv2d(x, weight, self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Standardized(8, 4, 1)).eval()
+    x = torch.randn(16, 3, 5, 5)
+    pruner = tp.pruner.BasePruner(
+        model,
+        x[:1],
+        tp.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        ignored_layers=[model[2]],
+        in_channel_groups={},
+        out_channel_groups={},
+        num_heads={},
+        channel_groups={},
+    )
+    before = model[2].weight.detach().clone()
+    comp = Compensation().calibrate(pruner, [x], progress=False)
+    (row,) = comp.step(pruner).rows
+    assert "forward of its own" in row.skipped
+    assert model[2].weight.shape[1] == 4
+    assert all(any(torch.equal(kept, old) for old in before.unbind(1)) for kept in model[2].weight.unbind(1))
