@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+NEVER_CALLED = (
+    "the model was never called inside observe(). Call the model that the pruner was built on (for DDP, prune and "
+    "observe ddp.module)."
+)
+
 
 class IPPROError(RuntimeError):
     """Base class of all errors raised by this package.

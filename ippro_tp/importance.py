@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calibration import Calibrated, LossFn
 from .cost import CostFn, group_cost, watch_positions
-from .errors import NotCalibratedError, ObservationError
+from .errors import NEVER_CALLED, NotCalibratedError, ObservationError
 from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
 from .flow import Label, Span
 from .groups import GroupRecord
@@ -69,10 +69,7 @@ class GradientObservation:
             ObservationError: no forward pass, or no backward pass, reached the model.
         """
         if self._observer.passes == 0:
-            raise ObservationError(
-                "the model was never called inside observe(). Call the model that the pruner was built on (for "
-                "DDP, prune and observe ddp.module)."
-            )
+            raise ObservationError(NEVER_CALLED)
         if len(self.sums) == 0:
             raise ObservationError(
                 "no gradient reached the model inside observe(): call loss.backward() for each batch, with a "
@@ -262,9 +259,10 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     def report(self) -> Report:
         """Per group: producers, where sigma was found, score range, ties and dead channels.
 
+        Scores are shown as the estimator gives them, before ``normalizer`` and ``cost``.
+
         Raises:
-            NotCalibratedError: there are no statistics.
-            StaleStatisticsError: for ``"paper"``, the model has been pruned or deleted since calibration.
+            NotCalibratedError: there are no statistics; or, for ``"paper"``, the calibrated model is gone.
         """
         if self._sums is None:
             raise NotCalibratedError(self._how_to_calibrate())

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .errors import ObservationError
+from .errors import NEVER_CALLED, ObservationError
 from .groups import GroupRecord
-from .observer import batch_size
+from .observer import samples_of_call
 from .statistics import Sums
 
 OnInput = Callable[[Sums, str, nn.Module, Tensor], None]
@@ -60,19 +60,14 @@ class InputObservation:
             ObservationError: the model was not called.
         """
         if "samples" not in self.sums:
-            raise ObservationError(
-                "the model was never called inside observe(). Call the model that the pruner was built on (for "
-                "DDP, prune and observe ddp.module)."
-            )
+            raise ObservationError(NEVER_CALLED)
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._watching is False:
             return
         if self._watching is None:
             self._watch(args, kwargs)
-        batch = batch_size((args, kwargs))
-        if not batch:
-            raise ObservationError("the model was called without a tensor that has a batch dimension.")
+        batch = samples_of_call(args, kwargs)
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         self.sums.add("samples", torch.full((), float(batch), dtype=torch.float64, device=device))
         self._live = True

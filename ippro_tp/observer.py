@@ -82,6 +82,18 @@ def batch_size(value: Any) -> int | None:
     return None
 
 
+def samples_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Number of samples that a model is called with.
+
+    Raises:
+        ObservationError: no argument has a batch dimension.
+    """
+    batch = batch_size((args, kwargs))
+    if not batch:
+        raise ObservationError("the model was called without a tensor that has a batch dimension.")
+    return batch
+
+
 def _channel_axis(module: nn.Module, output: Tensor) -> int:
     """Convolutions and channel norms: 1. Everything else (Linear, Embedding, attention): the last axis."""
     channels_second = isinstance(module, (nn.modules.conv._ConvNd, *CHANNEL_NORMS))
@@ -184,9 +196,7 @@ class Observer(TorchFunctionMode):
                 "the forward pass runs under torch.no_grad() or torch.inference_mode(), so no gradient can "
                 "flow. Call the model with gradients enabled inside observe()."
             )
-        batch = batch_size((args, kwargs))
-        if not batch:
-            raise ObservationError("the model was called without a tensor that has a batch dimension.")
+        batch = samples_of_call(args, kwargs)
         if self._watching is None:
             self._watch(args, kwargs)
         self._pass = Pass(batch)
