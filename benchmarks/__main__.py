@@ -8,12 +8,18 @@ from collections.abc import Callable
 import tyro
 
 from benchmarks import compare, ratio, report
+from benchmarks.analyses import calibration_size, correlation, curves, lam, magnitude
 from benchmarks.errors import UsageError
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "compare": (compare.CompareConfig, compare.run),
     "report": (report.ReportConfig, report.run),
     "ratio": (ratio.RatioConfig, ratio.run),
+    "curves": (curves.CurvesConfig, curves.run),
+    "lam": (lam.LamConfig, lam.run),
+    "magnitude": (magnitude.MagnitudeConfig, magnitude.run),
+    "correlation": (correlation.CorrelationConfig, correlation.run),
+    "calibration-size": (calibration_size.CalibrationSizeConfig, calibration_size.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""
 
