@@ -115,8 +115,8 @@ def table(frame: pd.DataFrame, ratio: float) -> str:
     seeds = frame.seed.nunique()
     caption = (
         "Above the diagonal: mean over the groups; below: all channels together. Overlap: part of the kept "
-        f"channels that both keep when {ratio:.0%} are removed (chance: {1 - ratio:g}). Mean over {seeds} calibration "
-        f"sample{'s'[: seeds > 1]}."
+        f"channels that both keep when {ratio:.0%} are removed (chance: {1 - ratio:g}). Mean over {seeds} "
+        f"calibration sample{'s'[: seeds > 1]}."
     )
     return "\n\n".join([*parts, caption])
 

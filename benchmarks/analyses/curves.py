@@ -106,7 +106,8 @@ def table(frame: pd.DataFrame, available: int) -> str:
         records.append(record)
     return (
         f"{github_table(pd.DataFrame(records))}\n\nTop-1 accuracy in per cent, as pruned / BatchNorm "
-        f"re-estimated, against the ratio removed from every layer. {available} images are available for calibration."
+        f"re-estimated, against the ratio removed from every layer. {available} images are available for "
+        "calibration."
     )
 
 
