@@ -110,7 +110,7 @@ def breaks(terms: Tensor, step_size: float) -> dict[str, float]:
         step_size: lambda.
 
     Returns:
-        ``channels``; ``crossed``: those with :math:`\lVert F\rVert - \lambda d < 0`, the point has passed infinity;
+        ``channels``; ``crossed``: those with a negative denominator :math:`\lVert F\rVert - \lambda d`;
         ``changed``: those whose denominator has less than half or more than twice the size of its start;
         ``second_order``: those whose numerator's term in lambda squared outweighs the one in lambda.
     """

@@ -177,8 +177,8 @@ def table(frame: pd.DataFrame, ratio: float) -> str:
         f"{github_table(pd.DataFrame(changed))}\n\nScores before and after a rescaling by 10^U(-2, 2) per channel "
         f"that leaves the outputs as they are (largest relative change {frame.outputs.max():.0e}): Spearman's "
         "correlation within groups and over all channels, and the largest change of a score relative to the "
-        f"largest score of its group.\n\n{github_table(pd.DataFrame(norms))}\n\nNorms, relative to the mean of the "
-        f"group, of the {ratio:.0%} of each group that is pruned and of the rest: ratio of the means, and the "
+        f"largest score of its group.\n\n{github_table(pd.DataFrame(norms))}\n\nNorms, relative to the mean of "
+        f"the group, of the {ratio:.0%} of each group that is pruned and of the rest: ratio of the means, and the "
         "probability that of a pruned and a kept channel the pruned one has the smaller norm (1: the criterion is "
         "the norm; 0.5: it has nothing to do with it)."
     )
