@@ -202,6 +202,10 @@ def draw(frame: pd.DataFrame) -> Figure:
         axes[-1].plot(curve.index, curve, **style)
     for axis, title in zip(axes, [*(f"MACs {t:g}" for t in targets), "calibration"], strict=True):
         axis.set_xscale("log")
+        sizes = sorted(frame.images.unique())
+        axis.set_xticks(sizes[:: max(len(sizes) // 5, 1)])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.set_xlabel("calibration images")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)

@@ -206,7 +206,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_xlabel("norm of the filter / mean of its group")
-    left.set_title("kept (blue) and pruned (red) filters", fontsize=10)
+    left.set_title("kept (blue) and pruned (orange) filters", fontsize=10)
     for kind, marker, colour in zip(KINDS, "os", ("black", "#009E73"), strict=True):
         part = frame[frame.rescaled == kind].groupby("criterion", observed=True).spearman.mean()
         right.plot(part.reindex(names), range(len(names)), marker, color=colour, label=kind, markersize=6)
