@@ -109,7 +109,7 @@ def table(frame: pd.DataFrame, ratio: float) -> str:
     for measure in MEASURES:
         within, overall = matrix(frame, measure), matrix(frame, f"{measure}_global")
         upper = np.triu(np.ones(within.shape, bool))
-        shown = within.where(upper, overall).map(lambda v: "·" if np.isnan(v) else f"{v:.2f}")
+        shown = within.where(upper, overall).map(lambda v: "·" if np.isnan(v) else f"{round(v, 2) + 0.0:.2f}")
         shown.insert(0, measure, shown.index)
         parts.append(github_table(shown))
     seeds = frame.seed.nunique()
@@ -136,7 +136,15 @@ def draw(frame: pd.DataFrame, ratio: float) -> Figure:
                 level = (value - low) / (high - low)
                 dark = (level < 0.15 or level > 0.85) if measure == "spearman" else level < 0.6
                 colour = "white" if dark else "black"
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
+                axis.text(
+                    column,
+                    row,
+                    f"{round(value, 2) + 0.0:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color=colour,
+                )
         axis.set_xticks(range(len(values)), values.columns, rotation=45, ha="right")
         axis.set_yticks(range(len(values)), values.index)
         axis.set_title(title, fontsize=11)

@@ -80,9 +80,9 @@ class Rows:
         return self.folder / "rows" / f"{'__'.join(parts).replace('/', '_')}.json"
 
 
-def github_table(frame: pd.DataFrame, **options) -> str:
+def github_table(frame: pd.DataFrame) -> str:
     """Return ``frame`` as a Markdown table, the cells as they are."""
-    return tabulate(frame, headers="keys", tablefmt="github", showindex=False, **options)
+    return tabulate(frame, headers="keys", tablefmt="github", showindex=False, disable_numparse=True)
 
 
 def spread(values: pd.Series, form: str = "{:.1f}") -> str:
