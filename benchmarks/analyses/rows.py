@@ -71,7 +71,7 @@ class Rows:
         """Write ``name.md``, ``name.csv`` and ``name.png`` into the folder, and print the text."""
         frame.to_csv(self.folder / f"{name}.csv", index=False, float_format="%.6g")
         (self.folder / f"{name}.md").write_text(f"{text.rstrip()}\n\n![{name}]({name}.png)\n")
-        figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        figure.savefig(self.folder / f"{name}.png", dpi=96, bbox_inches="tight")
         print(text)
         print(f"wrote {name}.md, {name}.csv and {name}.png in {self.folder}")
 
