@@ -123,7 +123,7 @@ def table(frame: pd.DataFrame, ratio: float) -> str:
 
 def draw(frame: pd.DataFrame, ratio: float) -> Figure:
     """Return heat maps of Spearman's correlation within groups and of the overlap of what is kept."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.8))
+    figure, axes = plt.subplots(1, 2, figsize=(14.5, 6.4))
     shown = (
         ("spearman", "Spearman's correlation, mean over groups", "RdBu_r", -1.0, 1.0),
         ("overlap", f"shared part of the kept channels, {ratio:.0%} removed", "viridis", 1 - ratio - 0.2, 1.0),

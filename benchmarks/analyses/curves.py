@@ -67,8 +67,8 @@ def run(config: CurvesConfig) -> None:
             scores = _scores(config, task, arm)
             for row in missing:
                 rows.write(row, accuracies.at_ratio(scores, row["ratio"]))
-    frame = rows.read()
-    rows.publish(frame, table(frame, pool_size(task)), draw(frame), "curves")
+    frame, available = rows.read(), pool_size(task)
+    rows.publish(frame, table(frame, available), draw(frame, available), "curves")
 
 
 def _arms(config: CurvesConfig) -> Iterator[dict]:
@@ -127,12 +127,11 @@ def _paper_last(column: pd.Series) -> pd.Series:
     return column.map(lambda name: (name == PAPER, name)) if column.name == "criterion" else column
 
 
-def draw(frame: pd.DataFrame) -> Figure:
-    """Return a figure: a column for each way to apply Eq. 4 (all images), the other criteria in each of them."""
-    paper = frame[frame.criterion == PAPER]
-    largest = paper.portion.max()
-    paper = paper[paper.portion == largest]
-    others = frame[(frame.criterion != PAPER) & (frame.portion.isna() | (frame.portion == largest))]
+def draw(frame: pd.DataFrame, available: int) -> Figure:
+    """Return a figure: a column for each way to apply Eq. 4, each arm with the most images it was given."""
+    largest = frame.groupby("criterion").portion.transform("max")
+    frame = frame[frame.portion.isna() | (frame.portion == largest)]
+    paper, others = frame[frame.criterion == PAPER], frame[frame.criterion != PAPER]
     ways = list(dict.fromkeys(zip(paper["mode"], paper.target, strict=True))) or [("eval", "conv")]
     ways.sort()
     steps = sorted(paper.step_size.unique())
@@ -156,9 +155,11 @@ def draw(frame: pd.DataFrame) -> Figure:
                     style |= {"color": HIGHLIGHT, "linewidth": 2.8}
                 if name == "random":
                     style |= {"color": "black"}
-                _line(axis, others[others.criterion == name], phase, name, markersize=4, **style)
+                part = others[others.criterion == name]
+                _line(axis, part, phase, _with_images(name, part, available), markersize=4, **style)
             axis.grid(alpha=0.25)
-        axes[0, column].set_title(f"Eq. 4: {TARGET_NAMES[target]}, {MODE_NAMES[mode]}", fontsize=10)
+        title = f"Eq. 4, {TARGET_NAMES[target]}, {MODE_NAMES[mode]}"
+        axes[0, column].set_title(_with_images(title, paper, available).replace(" mode, ", " mode\n"), fontsize=10)
         axes[1, column].set_xlabel("channels removed from every layer")
     axes[0, 0].set_ylabel("top-1 (%), as pruned")
     axes[1, 0].set_ylabel("top-1 (%), BatchNorm re-estimated")
@@ -168,6 +169,11 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure.legend(found.values(), found, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()
     return figure
+
+
+def _with_images(text: str, part: pd.DataFrame, available: int) -> str:
+    portion = part.portion.max()
+    return text if pd.isna(portion) else f"{text}, {round(portion * available)} images"
 
 
 def _line(axis, part: pd.DataFrame, phase: str, label: str, **style) -> None:

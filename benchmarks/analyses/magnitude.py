@@ -207,9 +207,11 @@ def draw(frame: pd.DataFrame) -> Figure:
     left.invert_yaxis()
     left.set_xlabel("norm of the filter / mean of its group")
     left.set_title("kept (blue) and pruned (orange) filters", fontsize=10)
-    for kind, marker, colour in zip(KINDS, "os", ("black", "#009E73"), strict=True):
+    looks = ({"marker": "o", "color": "black"}, {"marker": "s", "color": "#009E73", "fillstyle": "none"})
+    for kind, look, width in zip(KINDS, looks, (5, 9), strict=True):
         part = frame[frame.rescaled == kind].groupby("criterion", observed=True).spearman.mean()
-        right.plot(part.reindex(names), range(len(names)), marker, color=colour, label=kind, markersize=6)
+        places = part.reindex(names)
+        right.plot(places, range(len(names)), linestyle="", label=kind, markersize=width, **look)
     right.set_xlabel("Spearman's correlation of scores before and after rescaling")
     right.set_title("rescaling that leaves the function as it is", fontsize=10)
     right.axvline(1, color="0.6", linewidth=1, linestyle=(0, (1, 2)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 from tabulate import tabulate
 
 from benchmarks.cells import environment, read_finished, write_json
@@ -71,13 +73,20 @@ class Rows:
         """Write ``name.md``, ``name.csv`` and ``name.png`` into the folder, and print the text."""
         frame.to_csv(self.folder / f"{name}.csv", index=False, float_format="%.6g")
         (self.folder / f"{name}.md").write_text(f"{text.rstrip()}\n\n![{name}]({name}.png)\n")
-        figure.savefig(self.folder / f"{name}.png", dpi=96, bbox_inches="tight")
+        save_png(figure, self.folder / f"{name}.png")
         print(text)
         print(f"wrote {name}.md, {name}.csv and {name}.png in {self.folder}")
 
     def _path(self, varied: dict) -> Path:
         parts = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in varied.items() if v is not None)
         return self.folder / "rows" / f"{'__'.join(parts).replace('/', '_')}.json"
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write ``figure`` with a palette of 200 colours: a quarter of the size."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100, bbox_inches="tight")
+    Image.open(drawn).convert("RGB").quantize(200).save(path, optimize=True)
 
 
 def github_table(frame: pd.DataFrame) -> str:
