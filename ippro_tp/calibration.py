@@ -6,13 +6,13 @@ import abc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from .batches import as_call, batches_of, cut
 from .errors import NotCalibratedError, ObservationError, StaleStatisticsError
 from .groups import GroupRecord, Layer, check_widths, graph_of, group_key, groups_of, read_group
 from .guard import preserved
@@ -161,34 +161,22 @@ class Calibrated(abc.ABC):
         graph = graph_of(target)
         model: nn.Module = graph.model if graph is not None else target
         loss_fn = loss_fn or self._default_loss()
-        seen = 0
         with self.observe(target, **options):
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             model.eval()
-            for batch in _with_progress(loader, progress, type(self).__name__):
-                inputs, targets = _unpack(batch)
-                size = _rows(inputs)
-                if max_samples is not None and seen + size > max_samples:
-                    inputs, targets = (_cut(v, max_samples - seen) for v in (inputs, targets))
-                    size = max_samples - seen
-                if size == 0:
-                    break
-                seen += size
-                self._run(model, _moved(inputs, device), _moved(targets, device), loss_fn)
-                if seen == max_samples:
-                    break
-            if seen == 0:
-                raise ValueError("the loader is empty: calibration needs at least one batch of samples.")
+            for inputs, targets in batches_of(loader, device, max_samples, progress, type(self).__name__):
+                self._run(model, inputs, targets, loss_fn)
         return self
 
     def _run(self, model: nn.Module, inputs: Any, targets: Any, loss_fn: LossFn) -> None:
         """Forward, and backward where the criterion needs it."""
+        args, kwargs = as_call(inputs)
         if not self.needs_gradients:
             with torch.no_grad():
-                _call(model, inputs)
+                model(*args, **kwargs)
             return
         with torch.enable_grad():
-            loss = loss_fn(_call(model, inputs), targets)
+            loss = loss_fn(model(*args, **kwargs), targets)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(f"loss_fn returned {what}; it must return one number, the mean over the batch.")
@@ -362,7 +350,7 @@ def _match(record: GroupRecord, current: GroupRecord) -> Tensor:
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dependency graph of a bare model, from one sample of its first batch."""
-    args, kwargs = _cut(args, 1), _cut(kwargs, 1)
+    args, kwargs = cut(args, 1), cut(kwargs, 1)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -377,72 +365,6 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
-def _unpack(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, (tuple, list)):
-        if len(batch) == 2:
-            return batch[0], batch[1]
-        if len(batch) == 1:
-            return batch[0], None
-        raise ValueError(
-            f"a batch of {len(batch)} parts is ambiguous: give (inputs, targets), with inputs a tuple if the "
-            "model takes several."
-        )
-    return batch, None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from chain.from_iterable(_tensors(v) for v in value.values())
-    elif isinstance(value, (tuple, list)):
-        yield from chain.from_iterable(_tensors(v) for v in value)
-
-
-def _rows(inputs: Any) -> int:
-    first = next((t for t in _tensors(inputs) if t.dim() > 0), None)
-    if first is None:
-        raise ValueError("the loader's batches hold no input tensor with a batch dimension.")
-    return first.shape[0]
-
-
-def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, Mapping):
-        return {key: _map(v, fn) for key, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(v, fn) for v in value)
-    return value
-
-
-def _cut(value: Any, samples: int) -> Any:
-    return _map(value, lambda t: t[:samples] if t.dim() else t)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return _map(value, lambda t: t.to(device, non_blocking=True))
-
-
-def _with_progress(loader: Iterable[Any], progress: bool, title: str) -> Iterable[Any]:
-    if not progress:
-        return loader
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return loader
-    bar: Iterable[Any] = tqdm(loader, desc=title, unit="batch", leave=False)
-    return bar
 
 
 def _pack_record(record: GroupRecord) -> dict[str, Any]:
