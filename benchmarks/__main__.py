@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import tyro
 
-from benchmarks import compare, mnist_two_layer, ratio, report
+from benchmarks import compare, mnist_two_layer, ratio, reconstruction, report
 from benchmarks.errors import UsageError
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "compare": (compare.CompareConfig, compare.run),
     "report": (report.ReportConfig, report.run),
     "ratio": (ratio.RatioConfig, ratio.run),
+    "reconstruction": (reconstruction.ReconstructionConfig, reconstruction.run),
     "mnist": (mnist_two_layer.MnistConfig, mnist_two_layer.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""

@@ -1,5 +1,6 @@
 """Projective-offset importance (IPPRO, arXiv 2507.14171) for Torch-Pruning."""
 
+from .attention import attention_heads, update_attention
 from .compensation import Compensation
 from .errors import IPPROError, NotCalibratedError, ObservationError, StaleStatisticsError
 from .importance import PROImportance
@@ -17,4 +18,6 @@ __all__ = [
     "PROImportance",
     "SpaSPImportance",
     "StaleStatisticsError",
+    "attention_heads",
+    "update_attention",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .attention import update_attention
 from .batches import as_call, batches_of
 from .cutlayer import CutLayer, norm_after
 from .errors import NEVER_CALLED, NotCalibratedError, ObservationError
@@ -180,13 +181,15 @@ class Compensation:
     # -- the step ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, pruner: Any) -> CompensationReport:
+    def step(self, pruner: Any, repair: Callable[[nn.Module], None] | None = None) -> CompensationReport:
         """``pruner.step()``, and every layer that reads other values than before is refitted.
 
         Samples stay valid: in the next step, layers are refitted to what the model gives then.
 
         Args:
             pruner: a ``torch_pruning`` pruner, on the model of the calibration or another that takes its inputs.
+            repair: called with the model after the cut and before it runs, to set what its forward pass keeps as
+                plain numbers. For attention as in timm that is done already (:func:`update_attention`).
 
         Returns:
             What was done to each layer.
@@ -224,6 +227,9 @@ class Compensation:
             cut = True
         if not cut:
             return CompensationReport(())
+        update_attention(pruner)
+        if repair is not None:
+            repair(model)
         fitted = refit_layers(model, uncut, list(layers.values()), self._samples, self.ridge, self.memory)
         return CompensationReport((*fitted, *others.values()))
 
