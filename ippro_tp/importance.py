@@ -18,6 +18,7 @@ from .flow import Label, Span
 from .groups import GroupRecord
 from .losses import FisherNoise, cross_entropy
 from .observer import Observer, Pass, Site
+from .processes import reducing
 from .report import GroupReport, Report
 from .statistics import Sums
 
@@ -91,6 +92,11 @@ class GradientObservation:
             )
         # Gradients of weights that nobody reads are not computed: only those of activations flow.
         trained = self._estimator.trained_parameters(self._model, self._records)
+        if trained and reducing():  # DDP waits for the gradients of all parameters: these are but some
+            raise ObservationError(
+                "this estimator takes gradients of weights, which DistributedDataParallel would reduce. Call "
+                "ddp.module(x) inside observe(), or put `with ddp.no_sync():` around the loop."
+            )
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
         layers = (layer.name for r in self._records for layer in (*r.producers, *r.consumers))
