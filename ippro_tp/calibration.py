@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
@@ -105,7 +105,7 @@ class Calibrated(abc.ABC):
             return records.values()
 
         with all_or_none():
-            with preserved(model), unsynchronised(target):
+            with preserved(model), unsynchronised(target), _eagerly():
                 observation = self._observation(model, groups, **options)
                 with observation:
                     yield self
@@ -366,6 +366,12 @@ def _resolve(target: Any) -> tuple[Graph | None, nn.Module]:
             "(model._orig_mod) and compile the pruned one."
         )
     return graph, model
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """A context in which compiled functions run as they were written, so that layers can be watched."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -88,7 +88,8 @@ class GradientObservation:
         names = list(dict.fromkeys(p.name for record in self._records for p in record.producers))
         if not names:
             raise ObservationError(
-                "there is no group to score: every prunable layer is ignored, or the model has none."
+                "there is no group to score: every prunable layer is ignored, or the model has none. "
+                "(Torch-Pruning cannot see through gradient checkpointing with use_reentrant=True.)"
             )
         # Gradients of weights that nobody reads are not computed: only those of activations flow.
         trained = self._estimator.trained_parameters(self._model, self._records)

@@ -232,6 +232,9 @@ class Observer(TorchFunctionMode):
 
     def _leave_layer(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._pass is None and self._watching and torch.is_grad_enabled():
+                # Gradient checkpointing runs the layer again in the backward pass, and has to find the same graph.
+                return _replace_first(output, require_grad)
             if self._pass is None or not self._norms:
                 return None
             pending = self._norms.pop()
@@ -356,6 +359,14 @@ class Observer(TorchFunctionMode):
             store[name] = store[name] + sums if name in store else sums
 
         return sink
+
+
+def _replace_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``output`` with its (first) tensor changed, where that can require grad."""
+    first = output[0] if isinstance(output, tuple) else output
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return output
+    return (change(first), *output[1:]) if isinstance(output, tuple) else change(first)
 
 
 def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
