@@ -113,7 +113,8 @@ class Calibrated(abc.ABC):
             if not observation.sums.all_finite():
                 raise ObservationError(
                     "the statistics hold NaN or inf: a loss or an activation was not finite during calibration. "
-                    "Check the loss and the inputs; under fp16 autocast use bf16 or a smaller loss scale."
+                    "Check the loss and the inputs; under fp16 autocast use bf16, or a GradScaler that "
+                    "observe(..., loss_scale=scaler) is told of."
                 )
         _check_same_groups(records)
         observation.sums.all_reduce()

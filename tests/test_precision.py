@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -121,6 +122,100 @@ def test_sums_are_kept_in_float32_or_wider():
     assert sums["y"].isfinite()
 
 
+# -- loss scaling ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", PRO)
+def test_a_constant_loss_scale_changes_no_order_and_can_be_taken_out(settings):
+    case = CASES["residual"]
+    model = case.model(torch.float32)
+    _, plain = observed(case, model, PRO[settings])
+    _, scaled = observed(case, model, PRO[settings], scale=lambda _: 1024.0)
+    if settings != "paper":  # there it is a larger step
+        factor = 1024.0 ** PRO[settings].get("power", 1)
+        assert_close([s / factor for s in scaled], plain, 1e-5)
+        assert all(torch.equal(a.argsort(), b.argsort()) for a, b in zip(scaled, plain, strict=True))
+    for option in (1024.0, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        _, taken_out = observed(case, model, PRO[settings], scale=lambda _: 1024.0, loss_scale=option)
+        assert_close(taken_out, plain, 1e-5)
+
+
+@pytest.mark.parametrize("settings", PRO)
+def test_a_grad_scaler_may_change_its_mind(settings):
+    case = CASES["residual"]
+    model = case.model(torch.float32)
+    _, plain = observed(case, model, PRO[settings])
+    imp = PROImportance(**PRO[settings])
+    pruner = case.pruner(model, imp)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, labels = case.inputs(8, torch.float32)
+    with imp.observe(pruner, loss_scale=scaler):
+        for part in (slice(0, 4), slice(4, 8)):
+            scaler.scale(F.cross_entropy(model(x[part]), labels[part])).backward()
+            scaler.update(64.0)
+    assert_close(scores_of(imp, pruner), plain, 1e-5)
+
+
+@pytest.mark.parametrize("settings", PRO)
+def test_a_float16_loop_with_a_grad_scaler(settings):
+    """Small losses vanish in float16 without a scale; with it the scores are those of float32."""
+    case = CASES["residual"]
+    model = case.model(torch.float32)
+    tiny = 2.0**-22
+
+    def half():
+        return torch.autocast("cpu", dtype=torch.float16)
+
+    _, plain = observed(case, model, PRO[settings], scale=lambda _: tiny)
+    _, vanished = observed(case, model, PRO[settings], half, scale=lambda _: tiny)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    _, scaled = observed(
+        case, model, PRO[settings], half, scale=lambda _: tiny * scaler.get_scale(), loss_scale=scaler
+    )
+    if settings != "paper":
+        assert not any(s.any() for s in vanished)
+    assert correlation(scaled, plain) > 0.999
+    assert_close(scaled, plain, 0.02)
+
+
+@pytest.mark.parametrize("settings", PRO)
+def test_batches_that_overflow_are_left_out(settings):
+    case = CASES["residual"]
+    model = case.model(torch.float32)
+    x, labels = case.inputs(12, torch.float32)
+    data = list(zip(x.split(4), labels.split(4), strict=True))
+    imp = PROImportance(**PRO[settings])
+    pruner = case.pruner(model, imp)
+
+    def run(overflowing, batches, **options):
+        with imp.observe(pruner, **options):
+            for i, (images, y) in enumerate(batches):
+                out = model(images)
+                if i in overflowing:
+                    out.register_hook(lambda g: g * float("inf"))
+                (F.cross_entropy(out, y) * 512.0).backward()
+        return scores_of(imp, pruner)
+
+    expected = run((), [data[0], data[2]], loss_scale=512.0)
+    with pytest.warns(RuntimeWarning, match="1 of 3 batches were left out"):
+        assert_close(run((1,), data, loss_scale=512.0), expected, 1e-6)
+    with pytest.raises(ObservationError, match="all 3 batches overflow: lower the loss scale"):
+        run((0, 1, 2), data, loss_scale=512.0)
+    with pytest.raises(ObservationError, match=r"NaN or inf.*loss_scale=scaler"):
+        run((1,), data)
+    assert_close(scores_of(imp, pruner), expected, 1e-6)  # an error leaves what there was
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run((), data, loss_scale=512.0)
+
+
+def test_a_loss_scale_must_be_positive():
+    case = CASES["residual"]
+    for wrong in (0.0, -1.0, float("inf"), float("nan"), "dynamic"):
+        with pytest.raises(ValueError, match=r"loss_scale=.*positive number or a torch\.amp\.GradScaler"):
+            observed(case, case.model(torch.float32), {}, loss_scale=wrong)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +239,9 @@ def test_channels_last_gives_equal_scores(name):
         assert_close(scores_of(imp, pruner), plain)
 
 
-@pytest.mark.parametrize(("name", "scaled"), [*((name, False) for name in MAKERS)])
+@pytest.mark.parametrize(
+    ("name", "scaled"), [*((name, False) for name in MAKERS), ("expected", True), ("paper", True)]
+)
 def test_memory_does_not_grow_with_the_number_of_batches(name, scaled):
     case = CASES["residual"]
     model = case.model(torch.float32)
