@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,3 +362,25 @@ def test_a_pruned_model_can_be_wrapped_again(ranks):
     assert_equal(pruned_0, pruned_1)
     assert_equal(grads_0, grads_1)
     assert sum(p.numel() for p in pruned_0) < sum(p.numel() for p in CASE.model().parameters())
+
+
+# -- the example -------------------------------------------------------------------------------------------------
+
+
+def test_the_example_runs_through_torchrun():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, str(root / "examples" / "distributed.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    ranks = sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
+    assert [line.split(":")[0] for line in ranks] == ["rank 0 of 2", "rank 1 of 2"]
+    widths = {line.split(":")[1] for line in ranks}
+    assert len(widths) == 1
+    assert "16 and 32" not in widths.pop()
