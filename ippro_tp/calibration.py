@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from .batches import as_call, batches_of, cut
 from .errors import NotCalibratedError, ObservationError, StaleStatisticsError
-from .groups import GroupRecord, Layer, check_widths, graph_of, group_key, groups_of, read_group
+from .groups import GroupRecord, Layer, check_widths, group_key, groups_of, read_group
 from .guard import preserved
+from .processes import all_or_none, gather, several, unsynchronised
 from .statistics import Sums
+from .target import eagerly, resolve
 
 Self = TypeVar("Self", bound="Calibrated")
 LossFn = Callable[[Any, Any], Tensor]
@@ -77,7 +79,7 @@ class Calibrated(abc.ABC):
 
         Args:
             target: a ``torch_pruning`` pruner or ``DependencyGraph``; or a model, whose groups are then traced
-                from the first batch.
+                from the first batch. Of a DistributedDataParallel wrapper its ``.module`` is taken.
             **options: of the criterion; see its ``observe`` or class docstring.
 
         Yields:
@@ -86,22 +88,15 @@ class Calibrated(abc.ABC):
         Raises:
             ObservationError: what the loop did cannot be used; the message says what to change.
             TypeError: ``target`` is none of the above.
+            RuntimeError: the ranks observed different models.
 
         On exit, also after an exception, hooks, ``.grad``, buffers, ``requires_grad`` and train/eval flags of
         the model are as before. An optimizer step inside does nothing: there are no gradients to step along.
+
+        Under ``torch.distributed`` every rank has to enter. On exit the statistics are added up over the ranks;
+        if one of them failed, all raise and keep what they had.
         """
-        graph = graph_of(target)
-        if graph is None and not isinstance(target, nn.Module):
-            raise TypeError(
-                "observe() needs a torch_pruning pruner, a DependencyGraph or an nn.Module, "
-                f"not {type(target).__name__}"
-            )
-        model: nn.Module = graph.model if graph is not None else target
-        if hasattr(model, "_orig_mod"):
-            raise ObservationError(
-                "the model is wrapped by torch.compile. Calibrate the original model (model._orig_mod) and "
-                "compile the pruned one."
-            )
+        graph, model = resolve(target)
         records: dict[str, GroupRecord] = {}
 
         def groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[GroupRecord]:
@@ -110,19 +105,24 @@ class Calibrated(abc.ABC):
                 records[record.key] = record
             return records.values()
 
-        with preserved(model):
-            observation = self._observation(model, groups, **options)
-            with observation:
-                yield self
-        observation.finish()
-        if not observation.sums.all_finite():
-            raise ObservationError(
-                "the statistics hold NaN or inf: a loss or an activation was not finite during calibration. "
-                "Check the loss and the inputs; under fp16 autocast use bf16 or a smaller loss scale."
-            )
+        with all_or_none():
+            with preserved(model), unsynchronised(target), eagerly():
+                observation = self._observation(model, groups, **options)
+                with observation:
+                    yield self
+            observation.finish()
+            if not observation.sums.all_finite():
+                raise ObservationError(
+                    "the statistics hold NaN or inf: a loss or an activation was not finite during calibration. "
+                    "Check the loss and the inputs; under fp16 autocast use bf16, or a GradScaler that "
+                    "observe(..., loss_scale=scaler) is told of."
+                )
+        _check_same_groups(records)
         observation.sums.all_reduce()
         self._ranks_globally = bool(getattr(target, "global_pruning", False))
         self._commit(observation)
+        if several():  # what the first batch showed may differ between ranks; scores must not
+            self._load_extra_state(gather(self._extra_state())[0])
         self._sums = observation.sums
         self._records = records
         self._cache = {}
@@ -158,8 +158,7 @@ class Calibrated(abc.ABC):
             ValueError: the loader is empty, or ``loss_fn`` does not return a scalar tensor.
             ObservationError: see :meth:`observe`.
         """
-        graph = graph_of(target)
-        model: nn.Module = graph.model if graph is not None else target
+        _, model = resolve(target)
         loss_fn = loss_fn or self._default_loss()
         with self.observe(target, **options):
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -323,6 +322,16 @@ class Calibrated(abc.ABC):
     def __getstate__(self) -> dict[str, Any]:
         # Object identities mean nothing in another process or in a copy.
         return {**self.__dict__, "_weights": {}, "_model": None}
+
+
+def _check_same_groups(records: Mapping[str, GroupRecord]) -> None:
+    """Raise ObservationError on every rank unless all of them calibrated the same groups."""
+    everyones = gather({key: record.width for key, record in records.items()})
+    odd = next((rank for rank, widths in enumerate(everyones) if widths != everyones[0]), None)
+    if odd is not None:
+        raise ObservationError(
+            f"rank {odd} calibrated other groups or widths than rank 0. Give every rank the same model and pruner."
+        )
 
 
 def _weights_of(model: nn.Module, records: Iterable[GroupRecord]) -> dict[str, Tensor]:

@@ -18,8 +18,10 @@ from .cutlayer import CutLayer, norm_after
 from .errors import NEVER_CALLED, NotCalibratedError, ObservationError
 from .groups import graph_of
 from .guard import preserved
+from .processes import all_or_none, unsynchronised
 from .refitting import LayerReport, refit_layers
 from .samples import Samples
+from .target import eagerly, resolve
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Compensation:
         ('2', 4, 4)
     """
 
+    needs_gradients = False
+
     def __init__(self, ridge: float | None = None, max_samples: int = 1024, memory: int = 1 << 30) -> None:
         if ridge is not None and not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge={ridge!r}; give a number >= 0, or None to choose it by cross-validation")
@@ -93,22 +97,27 @@ class Compensation:
             ObservationError: the model was not called, or its inputs cannot be joined.
             TypeError: ``target`` is none of the above.
 
+        Under ``torch.distributed`` every rank has to enter; on exit all of them hold the samples of all.
         Starts anew; :meth:`merge` adds. An exception inside leaves the previous samples in place. The model is
         left as it was found, buffers included.
         """
-        model = _model_of(target)
+        _, model = resolve(target)
         samples = Samples(self.max_samples)
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             samples.add(args, kwargs)
 
-        with preserved(model):
-            handle = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
-            try:
-                yield self
-            finally:
-                handle.remove()
-        self._commit(samples)
+        with all_or_none():
+            with preserved(model), unsynchronised(target), eagerly():
+                handle = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
+                try:
+                    yield self
+                finally:
+                    handle.remove()
+            if samples.count == 0:
+                raise ObservationError(NEVER_CALLED)
+        samples.gather()
+        self._samples = samples
 
     def calibrate(
         self, target: Any, loader: Iterable[Any], max_samples: int | None = None, progress: bool = True
@@ -126,19 +135,15 @@ class Compensation:
             ValueError: the loader is empty.
             ObservationError: inputs cannot be joined: they differ in shape, or have no batch dimension.
         """
-        model = _model_of(target)
+        _, model = resolve(target)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         samples = Samples(self.max_samples)
-        for inputs, _ in batches_of(loader, device, max_samples, progress, type(self).__name__):
-            samples.add(*as_call(inputs))
-        self._commit(samples)
-        return self
-
-    def _commit(self, samples: Samples) -> None:
-        if samples.count == 0:
-            raise ObservationError(NEVER_CALLED)
+        with all_or_none():
+            for inputs, _ in batches_of(loader, device, max_samples, progress, type(self).__name__):
+                samples.add(*as_call(inputs))
         samples.gather()
         self._samples = samples
+        return self
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -232,13 +237,3 @@ class Compensation:
             repair(model)
         fitted = refit_layers(model, uncut, list(layers.values()), self._samples, self.ridge, self.memory)
         return CompensationReport((*fitted, *others.values()))
-
-
-def _model_of(target: Any) -> nn.Module:
-    graph = graph_of(target)
-    if graph is None and not isinstance(target, nn.Module):
-        raise TypeError(
-            "expected a torch_pruning pruner, a DependencyGraph or an nn.Module, not " + type(target).__name__
-        )
-    model: nn.Module = graph.model if graph is not None else target
-    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from .flow import Label, Span
 from .groups import GroupRecord
 from .losses import FisherNoise, cross_entropy
 from .observer import Observer, Pass, Site
+from .processes import reducing
 from .report import GroupReport, Report
 from .statistics import Sums
 
@@ -34,6 +36,9 @@ class GradientObservation:
         model: the model that is calibrated.
         groups: called with the arguments of the first forward pass; gives the groups.
         estimator: decides what is tapped and what is added up.
+        loss_scale: asked at each forward pass for what the loss will be multiplied by. Batches whose gradients
+            overflow are then left out, as GradScaler does. ``None``: the loss is taken as it is, and overflow is
+            an error.
     """
 
     def __init__(
@@ -41,14 +46,24 @@ class GradientObservation:
         model: nn.Module,
         groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
         estimator: Estimator,
+        loss_scale: Callable[[], float] | None = None,
     ) -> None:
         self.sums = Sums()
         self._model, self._groups, self._estimator = model, groups, estimator
         self._records: Sequence[GroupRecord] = ()
         self.positions: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
+        self._ask_scale, self._scale = loss_scale, 1.0
+        self._grads = Sums()  # of weights, since the last passes were counted
+        self._counted = 0
+        self._kept: Tensor | None = None  # how many of them did not overflow, on the device
         self._observer = Observer(
-            model, self._begin, self._add, estimator.taps_activations, estimator.taps_through_norms
+            model,
+            self._begin,
+            self._add,
+            estimator.taps_activations,
+            estimator.taps_through_norms,
+            self._loss_scale,
         )
 
     def __enter__(self) -> GradientObservation:
@@ -75,6 +90,25 @@ class GradientObservation:
                 "no gradient reached the model inside observe(): call loss.backward() for each batch, with a "
                 "loss that depends on the model's output."
             )
+        if self._kept is None:
+            return
+        skipped = self._counted - int(self._kept)
+        if skipped == self._counted:
+            raise ObservationError(
+                f"the gradients of all {skipped} batches overflow: lower the loss scale, "
+                "GradScaler(init_scale=...), or use bf16."
+            )
+        if skipped:
+            warnings.warn(
+                f"{skipped} of {self._counted} batches were left out: their gradients overflow at this loss scale",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _loss_scale(self) -> float:
+        if self._ask_scale is not None:
+            self._scale = self._ask_scale()
+        return self._scale
 
     @property
     def wiring(self) -> Wiring:
@@ -87,10 +121,16 @@ class GradientObservation:
         names = list(dict.fromkeys(p.name for record in self._records for p in record.producers))
         if not names:
             raise ObservationError(
-                "there is no group to score: every prunable layer is ignored, or the model has none."
+                "there is no group to score: every prunable layer is ignored, or the model has none. "
+                "(Torch-Pruning cannot see through gradient checkpointing with use_reentrant=True.)"
             )
         # Gradients of weights that nobody reads are not computed: only those of activations flow.
         trained = self._estimator.trained_parameters(self._model, self._records)
+        if trained and reducing():  # DDP waits for the gradients of all parameters: these are but some
+            raise ObservationError(
+                "this estimator takes gradients of weights, which DistributedDataParallel would reduce. Call "
+                "ddp.module(x) inside observe(), or put `with ddp.no_sync():` around the loop."
+            )
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
         layers = (layer.name for r in self._records for layer in (*r.producers, *r.consumers))
@@ -105,14 +145,32 @@ class GradientObservation:
     def _take_grad(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self.sums.add(f"grad/{name}", parameter.grad)
+            if self._ask_scale is None:
+                self.sums.add(f"grad/{name}", parameter.grad)
+            else:
+                wide = parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
+                self._grads.add(f"grad/{name}", wide / self._scale)
             parameter.grad = None
 
         return hook
 
-    def _add(self, done: Pass) -> None:
+    def _add(self, passes: list[Pass]) -> None:
         with torch.no_grad():
-            self._estimator.update(self.sums, self._records, done)
+            if self._ask_scale is None:
+                for done in passes:
+                    self._estimator.update(self.sums, self._records, done)
+                return
+            fresh, self._grads = self._grads, Sums()
+            for done in passes:
+                self._estimator.update(fresh, self._records, done)
+            device = next(iter(fresh.values())).device
+            finite = torch.stack([value.isfinite().all().to(device) for value in fresh.values()]).all()
+            # Nothing waits for the device: an overflowed batch adds zeros.
+            self.sums.merge(
+                {n: torch.where(finite.to(v.device), v, torch.zeros_like(v)) for n, v in fresh.items()}
+            )
+            self._counted += 1
+            self._kept = finite.long() + (0 if self._kept is None else self._kept)
 
 
 class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
@@ -141,6 +199,12 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     ``observe(target, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
     loss that is summed over the batch: per-sample gradients of ``"expected"`` then need no factor.
     ``"paper"`` takes the gradients as they come, as ``.grad`` would.
+
+    ``observe(target, loss_scale=scaler)``, for a loop with ``scaler.scale(loss).backward()`` under fp16 autocast,
+    takes the scale out again and leaves out batches that overflow; a number does for a scale of your own.
+    Without it, a constant scale s multiplies all scores of ``"expected"`` by s to the power of ``power``, which
+    changes no order, and acts on ``"paper"`` like a larger ``step_size``. Leave ``scaler.step`` out of the loop:
+    there are no gradients for it.
 
     Without ``loss_fn``, ``calibrate`` differentiates :class:`~ippro_tp.FisherNoise` for ``"expected"`` (no labels
     are needed) and the cross-entropy with the labels for ``"paper"``.
@@ -297,11 +361,14 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         model: nn.Module,
         groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
         loss_reduction: str = "mean",
+        loss_scale: Any = None,
         **options: Any,
     ) -> GradientObservation:
         if options:
-            raise TypeError(f"unknown option {next(iter(options))!r}; observe() takes loss_reduction='mean'|'sum'")
-        return GradientObservation(model, groups, self._make_estimator(loss_reduction))
+            raise TypeError(
+                f"unknown option {next(iter(options))!r}; observe() takes loss_reduction and loss_scale"
+            )
+        return GradientObservation(model, groups, self._make_estimator(loss_reduction), _scale_of(loss_scale))
 
     def _commit(self, observation: GradientObservation) -> None:
         self._wiring = observation.wiring
@@ -336,3 +403,14 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         )
         self._positions, self._costs = dict(extra["positions"]), None
         self._wiring = Wiring(sites, dict(extra["norm_of"]), frozenset(extra["seen"]))
+
+
+def _scale_of(loss_scale: Any) -> Callable[[], float] | None:
+    """How to ask for the present scale of the loss: of a number, a GradScaler, or nothing."""
+    if loss_scale is None:
+        return None
+    if callable(getattr(loss_scale, "get_scale", None)):
+        return lambda: float(loss_scale.get_scale())
+    if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
+        raise ValueError(f"loss_scale={loss_scale!r}; give a positive number or a torch.amp.GradScaler")
+    return lambda: float(loss_scale)

@@ -45,6 +45,7 @@ class Pass:
 
     Attributes:
         batch: number of samples.
+        loss_scale: what the loss is multiplied by before the backward pass; sums are divided by it.
         outputs: per producer, ``(batch, channels)`` sums of g*y at its output.
         activations: per site name, ``(batch, size of the channel axis)`` sums of g*x at the activation.
         sites: the activation calls in order.
@@ -53,6 +54,7 @@ class Pass:
     """
 
     batch: int
+    loss_scale: float = 1.0
     outputs: dict[str, Tensor] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
@@ -109,22 +111,24 @@ class Observer(TorchFunctionMode):
             arguments of the first forward pass.
         activations: tap activation calls as well (the extension layer of the paper).
         through_norms: keep the tap at a layer although a channel norm follows it.
-        on_pass: receives each pass once all its backward passes are through.
+        on_passes: receives the passes whose backward passes are through, one or more at a time.
+        loss_scale: asked at the start of each forward pass.
     """
 
     def __init__(
         self,
         model: nn.Module,
         producers: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[str]],
-        on_pass: Callable[[Pass], None],
+        on_passes: Callable[[list[Pass]], None],
         activations: bool = False,
         through_norms: bool = False,
+        loss_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         super().__init__()
         self._model = model
         self._find_producers = producers
         self._watching: bool | None = None  # None: not yet; False: looking for the producers
-        self._on_pass = on_pass
+        self._on_passes, self._loss_scale = on_passes, loss_scale
         self._tap_activations = activations
         self._through_norms = through_norms
         self._handles: list[RemovableHandle] = []
@@ -175,10 +179,11 @@ class Observer(TorchFunctionMode):
 
     def flush(self) -> None:
         """Hand over every pass that has received gradients. Called between forward passes and at the end."""
-        for done in self._dirty:
-            done.closed = True
-            self._on_pass(done)
-        self._dirty = []
+        done, self._dirty = self._dirty, []
+        for each in done:
+            each.closed = True
+        if done:
+            self._on_passes(done)
 
     # -- forward ---------------------------------------------------------------------------------------------
 
@@ -199,7 +204,7 @@ class Observer(TorchFunctionMode):
         batch = samples_of_call(args, kwargs)
         if self._watching is None:
             self._watch(args, kwargs)
-        self._pass = Pass(batch)
+        self._pass = Pass(batch, self._loss_scale())
         self._flow = ChannelFlow()
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -232,6 +237,9 @@ class Observer(TorchFunctionMode):
 
     def _leave_layer(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._pass is None and self._watching and torch.is_grad_enabled():
+                # Gradient checkpointing runs the layer again in the backward pass, and has to find the same graph.
+                return _replace_first(output, require_grad)
             if self._pass is None or not self._norms:
                 return None
             pending = self._norms.pop()
@@ -353,9 +361,18 @@ class Observer(TorchFunctionMode):
                 )
             if not any(owner is dirty for dirty in self._dirty):
                 self._dirty.append(owner)
+            sums = sums if owner.loss_scale == 1 else sums / owner.loss_scale
             store[name] = store[name] + sums if name in store else sums
 
         return sink
+
+
+def _replace_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``output`` with its (first) tensor changed, where that can require grad."""
+    first = output[0] if isinstance(output, tuple) else output
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return output
+    return (change(first), *output[1:]) if isinstance(output, tuple) else change(first)
 
 
 def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import ObservationError
 from .observer import samples_of_call
+from .processes import gather, several
 
 
 class Samples:
@@ -87,20 +87,14 @@ class Samples:
             self.add(*other.arguments(0, other.count))
 
     def gather(self) -> None:
-        """Share samples between all processes of ``torch.distributed``: every rank then holds the same ones.
-
-        Raises:
-            RuntimeError: a rank has none.
-        """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        """Share samples between all processes of ``torch.distributed``: every rank then holds the same ones."""
+        if not several():
             return
         device = next((x[0].device for x, many in zip(self._leaves, self._by_sample, strict=True) if many), None)
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, self.state_dict() if self.count else None)
-        if any(share is None for share in shares):
-            raise RuntimeError("a process saw no samples. Give every rank at least one batch.")
-        self.load_state_dict(shares[0], device)
-        for share in shares[1:]:
+        for rank, share in enumerate(gather(self.state_dict())):
+            if rank == 0:
+                self.load_state_dict(share, device)
+                continue
             other = Samples(self.limit)
             other.load_state_dict(share, device)
             self.merge(other)
