@@ -55,12 +55,16 @@ class Estimator(Protocol):
     name: str
     taps_activations: bool
     taps_through_norms: bool
+    taps_inputs: bool
 
     def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
         """Parameters, by name, whose gradients are needed."""
 
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add one pass."""
+
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
+        """Producers whose outputs need not be tapped, as a pass shows."""
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """The producers of a group that carry its score."""
@@ -115,10 +119,11 @@ class ExpectedEstimator:
     name = "expected"
     taps_activations = False
     taps_through_norms = False
+    taps_inputs = False
 
     def __init__(self, power: int, joint: bool, loss_scale: Callable[[int], float]) -> None:
         self._power, self._joint, self._loss_scale = power, joint, loss_scale
-        self._plans: dict[tuple[str, str, torch.device], tuple[Tensor, Tensor] | None] = {}
+        self._plans: dict[tuple[Layer, torch.device], tuple[Tensor, Tensor] | None] = {}
 
     def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
         """None: offsets come from activations' gradients alone."""
@@ -126,7 +131,7 @@ class ExpectedEstimator:
 
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add the sizes of one batch's offsets, ``(width,)`` a group (or a layer)."""
-        device = next(iter(done.outputs.values())).device
+        device = next(iter((*done.outputs.values(), *done.inputs.values()))).device
         sums.add("samples", torch.full((), float(done.batch), dtype=torch.float64, device=device))
         scale = self._loss_scale(done.batch)
         for record in records:
@@ -138,6 +143,10 @@ class ExpectedEstimator:
             elif parts:
                 for layer, part in zip(layers, parts, strict=True):
                     sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
+
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
+        """None: offsets are those at the producers."""
+        return set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """Producers that no channel norm stands for."""
@@ -162,7 +171,7 @@ class ExpectedEstimator:
 
     def _gather(self, record: GroupRecord, layer: Layer, t: Tensor) -> Tensor:
         """``(batch, layer channels)`` -> ``(batch, group width)``."""
-        key = (record.key, layer.name, t.device)
+        key = (layer, t.device)
         if key not in self._plans:
             aligned = layer.aligned and layer.channels == record.width
             self._plans[key] = None if aligned else (layer.index.to(t.device), layer.root.to(t.device))
@@ -184,6 +193,7 @@ class PaperEstimator:
     name = "paper"
     taps_activations = True
     taps_through_norms = True
+    taps_inputs = False
 
     def __init__(self, step_size: float, target: str) -> None:
         self._step_size, self._target = step_size, target
@@ -204,6 +214,10 @@ class PaperEstimator:
         """Add the offsets d of one pass, summed over its samples."""
         for name, t in (*done.outputs.items(), *done.activations.items()):
             sums.add(f"offset/{name}", t.sum(0))
+
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
+        """None: sigma is the identity for all that no activation follows."""
+        return set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """One layer for each filter: the layer itself, or the norm that follows it."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calibration import Calibrated, LossFn
+from .centered import CenteredEstimator
 from .cost import CostFn, group_cost, watch_positions
 from .errors import NEVER_CALLED, NotCalibratedError, ObservationError
 from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
@@ -26,6 +27,7 @@ from .statistics import Sums
 ESTIMATORS = ("expected", "paper")
 REDUCTIONS = ("joint", "mean", "sum", "max", "prod", "first")
 TARGETS = ("conv", "norm")
+REFERENCES = ("origin", "mean")
 LOSS_REDUCTIONS = ("mean", "sum")
 
 
@@ -64,6 +66,7 @@ class GradientObservation:
             estimator.taps_activations,
             estimator.taps_through_norms,
             self._loss_scale,
+            self._readers,
         )
 
     def __enter__(self) -> GradientObservation:
@@ -104,6 +107,11 @@ class GradientObservation:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _readers(self) -> list[str]:
+        if not self._estimator.taps_inputs:
+            return []
+        return list(dict.fromkeys(layer.name for record in self._records for layer in record.consumers))
 
     def _loss_scale(self) -> float:
         if self._ask_scale is not None:
@@ -155,6 +163,8 @@ class GradientObservation:
         return hook
 
     def _add(self, passes: list[Pass]) -> None:
+        if not self._observer.untapped:
+            self._observer.untapped = self._estimator.unneeded(self._records, passes[0])
         with torch.no_grad():
             if self._ask_scale is None:
                 for done in passes:
@@ -193,7 +203,11 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             -> cost`` (a measured latency, say). ``"auto"``: ``"macs"`` for ``"expected"`` where the pruner that
             was calibrated ranks globally, else ``None``. Within a group it changes nothing.
         cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
-        power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared.
+        power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared. ``None``: 1, and 2 for
+            ``reference="mean"``, which has no other.
+        reference: for ``"expected"``: what offsets are measured from. ``"origin"``: zero, which a removed channel
+            is set to. ``"mean"``: the mean of what is read of the channel (see :mod:`ippro_tp.centered`), for
+            networks that are compensated, or whose BatchNorm is re-estimated or trained, after the cut.
         seed: of the labels that ``calibrate`` draws when no loss is given.
 
     ``observe(target, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
@@ -232,23 +246,32 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         group_reduction: str = "joint",
         normalizer: str | Callable[[Tensor], Tensor] | None = None,
         target: str = "conv",
-        power: int = 1,
+        power: int | None = None,
         cost: str | CostFn | None = "auto",
         cost_exponent: float | None = None,
         seed: int = 0,
+        reference: str = "origin",
     ) -> None:
         super().__init__()
+        power = power if power is not None else 2 if reference == "mean" else 1
         for name, value, known in (
             ("estimator", estimator, ESTIMATORS),
             ("group_reduction", group_reduction, REDUCTIONS),
             ("target", target, TARGETS),
             ("power", power, (1, 2)),
+            ("reference", reference, REFERENCES),
             ("cost", cost if not callable(cost) else None, ("auto", "macs", "params", None)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
         if not step_size >= 0:
             raise ValueError(f"step_size={step_size!r}; it must not be negative")
+        if reference == "mean" and (estimator, group_reduction, power) != ("expected", "joint", 2):
+            raise ValueError(
+                'reference="mean" goes with estimator="expected", group_reduction="joint" and power=2: the mean '
+                "is known after the last batch only, and squares alone can be put right then"
+            )
+        self.reference = reference
         self.estimator, self.step_size, self.target = estimator, float(step_size), target
         self.group_reduction, self.normalizer = group_reduction, normalizer
         self.power, self.seed = power, seed
@@ -354,6 +377,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         def scale(batch: int) -> float:
             return float(batch) if loss_reduction == "mean" else 1.0
 
+        if self.reference == "mean":
+            return CenteredEstimator(scale)
         return ExpectedEstimator(self.power, self.group_reduction == "joint", scale)
 
     def _observation(
@@ -382,6 +407,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         settings = {"class": type(self).__name__, "estimator": self.estimator}
         if self.estimator == "paper":
             return {**settings, "target": self.target}
+        settings = {**settings, "reference": self.reference} if self.reference != "origin" else settings
         return {**settings, "power": self.power, "joint": self.group_reduction == "joint"}
 
     def _extra_state(self) -> dict[str, Any]:

@@ -48,6 +48,9 @@ class Pass:
         loss_scale: what the loss is multiplied by before the backward pass; sums are divided by it.
         outputs: per producer, ``(batch, channels)`` sums of g*y at its output.
         activations: per site name, ``(batch, size of the channel axis)`` sums of g*x at the activation.
+        inputs: per reader, ``(2, batch, channels)`` sums of g*x and of g at its input.
+        reads: per reader, sum of its input x for each channel, and the number of values that were summed.
+        read_layers: per reader, the layers whose channels its input carries.
         sites: the activation calls in order.
         norm_of: producer -> channel norm that its output runs into before the next layer.
         closed: already counted.
@@ -57,6 +60,9 @@ class Pass:
     loss_scale: float = 1.0
     outputs: dict[str, Tensor] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    reads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    read_layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     norm_of: dict[str, str] = field(default_factory=dict)
     closed: bool = False
@@ -110,6 +116,7 @@ class Observer(TorchFunctionMode):
         producers: ``(args, kwargs) -> names`` of the modules whose outputs are tapped; called once, with the
             arguments of the first forward pass.
         activations: tap activation calls as well (the extension layer of the paper).
+        readers: names of modules whose inputs are tapped, asked for after ``producers``.
         through_norms: keep the tap at a layer although a channel norm follows it.
         on_passes: receives the passes whose backward passes are through, one or more at a time.
         loss_scale: asked at the start of each forward pass.
@@ -123,8 +130,10 @@ class Observer(TorchFunctionMode):
         activations: bool = False,
         through_norms: bool = False,
         loss_scale: Callable[[], float] = lambda: 1.0,
+        readers: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         super().__init__()
+        self._find_readers = readers
         self._model = model
         self._find_producers = producers
         self._watching: bool | None = None  # None: not yet; False: looking for the producers
@@ -143,6 +152,7 @@ class Observer(TorchFunctionMode):
         self.sites: tuple[Site, ...] = ()
         self.norm_of: dict[str, str] = {}
         self.seen: set[str] = set()
+        self.untapped: set[str] = set()  # producers whose sums nobody needs, once that is known
         self.passes = 0
 
     # -- context ---------------------------------------------------------------------------------------------
@@ -163,6 +173,12 @@ class Observer(TorchFunctionMode):
                 modules[name].register_forward_pre_hook(self._enter_layer(name, modules[name])),
                 modules[name].register_forward_hook(self._leave_layer(name)),
             ]
+        readers = set(self._find_readers())
+        if readers:  # what depthwise convolutions read is asked for as well
+            depthwise = {name for name, module in modules.items() if _is_depthwise(module)}
+            for name in sorted(readers | depthwise):
+                tap = name in readers
+                self._handles.append(modules[name].register_forward_pre_hook(self._enter_reader(name, tap)))
         self._watching = True
 
     def __exit__(self, *exc: Any) -> None:
@@ -232,6 +248,36 @@ class Observer(TorchFunctionMode):
         def hook(module: nn.Module, args: Any) -> None:
             if self._pass is not None:
                 self._norms.append(name if is_norm else None)
+
+        return hook
+
+    def _enter_reader(self, name: str, tap: bool) -> Callable[..., Any]:
+        """Note whose channels a layer reads and, to tap it, give it a branch of its own of its input."""
+
+        def hook(module: nn.Module, args: Any) -> Any:
+            x = args[0] if args else None
+            if not isinstance(x, Tensor) or not x.is_floating_point() or not torch.is_grad_enabled():
+                return None
+            if self._pass is None:  # gradient checkpointing runs the layer again
+                return (require_grad(x).view_as(x), *args[1:]) if tap and self._watching else None
+            label = self._flow[x]
+            if label is not None:
+                layers = dict.fromkeys(span.layer for span in label.spans)
+                self._pass.read_layers[name] = (*self._pass.read_layers.get(name, ()), *layers)
+            if not tap:
+                return None
+            branch = require_grad(x).view_as(x)
+            self._flow.set(branch, label)
+            axis = _channel_axis(module, branch)
+            rest = [i for i in range(branch.dim()) if i != axis]
+            total = branch.detach().sum(rest, dtype=torch.promote_types(branch.dtype, torch.float32))
+            total = total.double() if x.device.type != "mps" else total
+            rows = torch.full_like(total[0], branch.numel() // branch.shape[axis])
+            before = self._pass.reads.get(name)
+            self._pass.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
+            sink = self._sink(self._pass.inputs, name, self._pass)
+            self._register(Tap(branch, branch, axis, self._pass.batch, sink, name, gradients=True))
+            return (branch, *args[1:])
 
         return hook
 
@@ -336,6 +382,8 @@ class Observer(TorchFunctionMode):
         assert self._pass is not None
         self.seen.add(name)
         self._open.add(name)
+        if name in self.untapped:
+            return
         tap = Tap(y, y, axis, self._pass.batch, self._sink(self._pass.outputs, name, self._pass), name)
         self._taps.setdefault(name, []).append(tap)
         self._register(tap)
@@ -365,6 +413,12 @@ class Observer(TorchFunctionMode):
             store[name] = store[name] + sums if name in store else sums
 
         return sink
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return module.groups == module.in_channels == module.out_channels
 
 
 def _replace_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
