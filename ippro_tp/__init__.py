@@ -4,6 +4,7 @@ from .compensation import Compensation
 from .errors import IPPROError, NotCalibratedError, ObservationError, StaleStatisticsError
 from .importance import PROImportance
 from .losses import FisherNoise, LogitNoise
+from .saving import load_pruned, save_pruned
 from .spasp import SpaSPImportance
 
 __version__ = "0.1.0"
@@ -17,4 +18,6 @@ __all__ = [
     "PROImportance",
     "SpaSPImportance",
     "StaleStatisticsError",
+    "load_pruned",
+    "save_pruned",
 ]
