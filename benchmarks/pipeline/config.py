@@ -14,7 +14,8 @@ from benchmarks.errors import UsageError
 from benchmarks.pipeline.recipe import Recipe
 
 NEUTRAL = (
-    "out", "dry_run", "workers", "checkpoint_every", "check_images", "export_onnx", "config", "data_dir", "checkpoint",
+    "out", "dry_run", "workers", "checkpoint_every", "check_images", "export_onnx", "config", "data_dir",
+    "checkpoint",
 )  # fmt: skip
 """Flags that do not change the network that comes out; weights and images are compared themselves."""
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from benchmarks.cost import group_cost
 from benchmarks.criteria import find_criterion
@@ -23,11 +26,12 @@ from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
 from benchmarks.search import Found, find_ratio
 from benchmarks.tasks.base import Batch
 from ippro_tp import Compensation
-from ippro_tp.errors import IPPROError
 from ippro_tp.groups import read_group
 
 TOLERANCE = 0.01
 """A target is met within this fraction of the unpruned network."""
+TRACE_SECONDS = 600.0
+"""CPU time after which tracing is given up."""
 
 
 @dataclass
@@ -112,6 +116,8 @@ class Planner:
         """
         with _explained(f"{self.config.model} cannot be pruned"):
             model = copy.deepcopy(model).to(self.device).eval()
+            with _time_limit(TRACE_SECONDS):
+                list(self._groups(model))
             plan = Plan(model, size(model, self.example), widths(model))
             for number in range(1, self.config.steps + 1):
                 with torch.random.fork_rng(devices=[]):
@@ -180,8 +186,12 @@ class Planner:
 
         def at(ratio: float, stagger: bool) -> float:
             pruned = self._prune(model, scores, ratio, stagger)
-            return (pruned.macs, pruned.params)[column] / plan.base[column] / before
+            left = (pruned.macs, pruned.params)[column] / plan.base[column]
+            bar.set_postfix_str(f"ratio {ratio:.4f}: {unit} {left:.3f}")
+            bar.update()
+            return left / before
 
+        bar = tqdm(desc=f"searching {unit} {wanted:.3g}", unit="try", leave=False)
         best: tuple[Found, str] | None = None
         for rounding in ("uniform", "staggered")[: 2 if config.scope == "local" else 1]:
             found = find_ratio(
@@ -192,9 +202,11 @@ class Planner:
                 config.max_pruning_ratio,
             )
             if found.hit:
+                bar.close()
                 return found, rounding, {}
             if best is None or abs(found.macs * before - wanted) < abs(best[0].macs * before - wanted):
                 best = found, rounding
+        bar.close()
         nearest = best[0].macs * before
         what = "more" if nearest > wanted else "less"
         raise UsageError(
@@ -258,15 +270,32 @@ class Planner:
 
 
 @contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after so many seconds of CPU time: TP never ends tracing some networks."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"tracing it takes more than {seconds:g} s; Torch-Pruning may never end")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+@contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Turn whatever Torch-Pruning or a half-pruned network raises into one line."""
     try:
         yield
-    except UsageError:
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
-        raise
-    except (IPPROError, Exception) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise UsageError(
             f"{what}: {type(error).__name__}: {reason} (choose another network, scope or importance)"

@@ -143,6 +143,26 @@ def _plan(config):
     return plans.Planner(config, network, batches, torch.device("cpu")).plan(network.model)
 
 
+def test_no_group_is_left_whole_because_all_of_it_ranks_lowest(folder, weights, monkeypatch):
+    config = PruneRunConfig(
+        model="test_resnet", data_dir=folder, img_size=32, checkpoint=weights, pruning_ratio=0.5, workers=0,
+        importance="l2", calibration_images=8, compensate=False, max_pruning_ratio=0.8,
+    )  # fmt: skip
+    real, least = plans.Planner.scores, ("layer2.0.conv1", True)
+
+    def scores(planner, model):
+        found = real(planner, model)
+        found.scores[least] *= 1e-6
+        return found
+
+    monkeypatch.setattr(plans.Planner, "scores", scores)
+    made = _plan(config)
+    assert made.record()["widths"]["layer2.0.conv1"] == 10  # a fifth of 48, rounded up
+    group = next(g for g in made.steps[0].groups if g.root == least[0])
+    kept = sorted(set(range(48)) - set(group.removed), key=lambda i: group.scores[i])
+    assert group.scores[kept[0]] >= max(group.scores[i] for i in group.removed)
+
+
 def test_attention_is_pruned_by_heads(folder):
     config = PruneRunConfig(
         model="test_vit", data_dir=folder, img_size=32, macs=0.6, calibration_images=8, workers=0,
@@ -231,6 +251,13 @@ def test_a_network_that_cannot_be_traced(folder, tmp_path, capsys):
     command[command.index("test_resnet")] = "shufflenet_v2_x0_5"
     assert main(command) == 2
     assert "shufflenet_v2_x0_5 cannot be pruned: " in _one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tracing_without_end_is_given_up(folder, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plans, "TRACE_SECONDS", 0.01)
+    assert main(flags(folder, tmp_path / "out", "--checkpoint", str(weights), "--macs", "0.5")) == 2
+    assert "cannot be pruned: TimeoutError: tracing it takes more than 0.01 s" in _one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
