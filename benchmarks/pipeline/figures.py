@@ -29,14 +29,14 @@ def draw_all(folder: Path, result: dict) -> list[Path]:
     for draw, path in zip((_summary, _widths, _scores), paths, strict=True):
         figure = draw(result)
         partial = path.with_suffix(".tmp")
-        figure.savefig(partial, dpi=140, bbox_inches="tight", format="png")
+        figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
         plt.close(figure)
         partial.replace(path)
     if result.get("history"):
         path = folder / "training.png"
         figure = _training(result["history"])
         partial = path.with_suffix(".tmp")
-        figure.savefig(partial, dpi=140, bbox_inches="tight", format="png")
+        figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
         plt.close(figure)
         partial.replace(path)
         paths.append(path)
@@ -132,18 +132,19 @@ def _scores(result: dict):
     figure, axis = plt.subplots(figsize=(9, 0.22 * len(shown) + 1.5))
     everything = np.concatenate([np.asarray(g["scores"], float) for g in shown])
     positive = everything[everything > 0]
-    logarithmic = positive.size > 0 and everything.min() >= 0 and positive.max() > 20 * np.median(positive) / 5
-    floor = np.quantile(positive, 0.001) / 2 if logarithmic else None
+    logarithmic = positive.size > 0 and everything.min() >= 0 and positive.max() > 4 * np.median(positive)
+    # Dead channels score (nearly) nothing; they stand at the left edge, not decades away from all others.
+    floor = positive[positive > 1e-5 * np.median(positive)].min() / 2 if logarithmic else None
     jitter = np.random.default_rng(0)
     for y, group in enumerate(shown):
         values = np.asarray(group["scores"], float)
         if floor is not None:
-            values = np.maximum(values, floor)  # dead channels stand at the edge
+            values = np.maximum(values, floor)
         gone = np.zeros(len(values), bool)
         gone[group["removed"]] = True
         height = y + jitter.uniform(-0.28, 0.28, len(values))
-        axis.scatter(values[~gone], height[~gone], s=4, color=AFTER, alpha=0.45, linewidths=0)
-        axis.scatter(values[gone], height[gone], s=4, color=REMOVED, alpha=0.45, linewidths=0)
+        axis.scatter(values[~gone], height[~gone], s=7, color=AFTER, alpha=0.5, linewidths=0)
+        axis.scatter(values[gone], height[gone], s=7, color=REMOVED, alpha=0.5, linewidths=0)
     if logarithmic:
         axis.set_xscale("log")
     axis.scatter([], [], s=25, color=AFTER, label="kept")
@@ -151,7 +152,8 @@ def _scores(result: dict):
     labels = [f"{g['root']}  ({len(g['scores']) - len(g['removed'])}/{len(g['scores'])})" for g in shown]
     axis.set_yticks(range(len(shown)), labels, fontsize=7)
     axis.set_ylim(len(shown) - 0.3, -0.7)
-    axis.set_xlabel(f"score of a channel ({result['importance']})")
+    edge = "; dead channels at the left edge" if floor is not None and everything.min() < floor else ""
+    axis.set_xlabel(f"score of a channel ({result['importance']}){edge}")
     title = "Scores" if len(result["plan"]["steps"]) == 1 else "Scores of the last step"
     axis.set_title(f"{title}: {result['title']}", loc="left", fontsize=11)
     axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=2, frameon=False, fontsize=9)

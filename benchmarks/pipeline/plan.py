@@ -125,11 +125,37 @@ class Planner:
                     self._step(plan, number)
         return plan
 
+    def probe(self, model: nn.Module) -> None:
+        """Prune a copy of ``model`` as far as it goes, in each layer alike, without scores worth the name.
+
+        Raises:
+            UsageError: Torch-Pruning cannot prune the network, or not as far as the target.
+        """
+        config = self.config
+        with _explained(f"{config.model} cannot be pruned"):
+            model = copy.deepcopy(model).to(self.device).eval()
+            with _time_limit(TRACE_SECONDS):
+                list(self._groups(model))
+            self._ratios(model)
+            base = size(model, self.example)
+            magnitude = find_criterion("l2").build(model, None, [], config.seed)
+            args = (model, self.example, self.ignored, magnitude)
+            pruned = prune(*args, config.max_pruning_ratio, "local", PruneConfig(config.max_pruning_ratio))
+            unit, goal = config.target
+            if unit != "ratio":
+                least = pruned.macs / base[0] if unit == "macs" else pruned.params / base[1]
+                if least > goal + TOLERANCE:
+                    raise UsageError(
+                        f"{unit} {goal:g} of the unpruned network cannot be reached: with "
+                        f"{config.max_pruning_ratio:g} of every layer gone {least:.3f} are left; change the "
+                        "target or --max-pruning-ratio"
+                    )
+
     def _step(self, plan: Plan, number: int) -> None:
         model = plan.model
         scores = self.scores(model)
-        ranked = self._protected(model, scores)
-        found, rounding, ratios = self._search(plan, ranked, number)
+        ranked, largest = self._protected(model, scores)
+        found, rounding, ratios = self._search(plan, ranked, number, largest)
         compensation = None
         if self.config.compensate:
             pruner = self._pruner(copy.deepcopy(model))
@@ -169,7 +195,9 @@ class Planner:
         pruner = self._pruner(copy.deepcopy(model))
         return scores.divided_by(group_cost(pruner, self.example, unit), criterion.degree / 2)
 
-    def _search(self, plan: Plan, scores: FrozenScores, number: int) -> tuple[Found, str, dict[str, float]]:
+    def _search(
+        self, plan: Plan, scores: FrozenScores, number: int, largest: float
+    ) -> tuple[Found, str, dict[str, float]]:
         """Return the ratio of this step, how local widths are rounded, and ratios of single groups."""
         config, model = self.config, plan.model
         unit, goal = config.target
@@ -199,7 +227,7 @@ class Planner:
                 wanted / before,
                 {},
                 TOLERANCE / before,
-                config.max_pruning_ratio,
+                largest,
             )
             if found.hit:
                 bar.close()
@@ -242,31 +270,31 @@ class Planner:
         args = (model, self.example, self.ignored, scores, ratio, self.config.scope, self.how)
         return prune(*args, stagger, compensation, ratios)
 
-    def _protected(self, model: nn.Module, scores: FrozenScores) -> FrozenScores:
-        """Return ``scores`` with the best channels of each group above all others: no group may go as a whole.
+    def _protected(self, model: nn.Module, scores: FrozenScores) -> tuple[FrozenScores, float]:
+        """Return ``scores`` with the best channels of each group above all others, and the largest ratio then.
 
         In a global ranking TP leaves a group untouched if *all* its channels are among the lowest, so the least
         important groups would keep every channel. Here they keep ``1 - max_pruning_ratio`` of them, the best.
         """
+        largest = self.config.max_pruning_ratio
         if self.config.scope != "global":
-            return scores
+            return scores, largest
         top = 2 * max(float(s.abs().max()) for s in scores.scores.values() if s is not None) + 1
         protected = dict(scores.scores)
         pruner = self._pruner(copy.deepcopy(model))
+        total = safe = 0
         for group in prunable_groups(pruner):
-            key = group_key(group)
-            values = scores.scores.get(key)
+            values = scores.scores[group_key(group)]
             if values is not None:
                 table = values.clone().view(
                     pruner._get_channel_groups(group), -1
                 )  # TP ranks means of channel groups
                 width = table.shape[1]
-                kept = max(
-                    math.ceil(width * (1 - self.config.max_pruning_ratio)), min(self.config.round_to, width), 1
-                )
-                table[:, table.mean(0).topk(kept).indices] = top
-                protected[key] = table.view(-1)
-        return FrozenScores(protected, scores.source)
+                kept = max(math.ceil(width * (1 - largest)), min(self.config.round_to, width), 1)
+                table[:, table.mean(0).topk(kept).indices] += top
+                protected[group_key(group)] = table.view(-1)
+                total, safe = total + width, safe + kept
+        return FrozenScores(protected, scores.source), min(largest, 1 - safe / total - 1e-6)
 
 
 @contextmanager
@@ -298,5 +326,6 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise UsageError(
-            f"{what}: {type(error).__name__}: {reason} (choose another network, scope or importance)"
+            f"{what}: {type(error).__name__}: {reason} (choose another network, scope or importance, or "
+            "--no-compensate)"
         ) from error

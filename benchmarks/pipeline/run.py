@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import shlex
 import sys
@@ -85,15 +84,13 @@ class _Run:
     def look_ahead(self) -> None:
         """Plan before anything is written, so that what cannot be pruned is refused at once.
 
-        A network that will be trained first has no scores yet; that Torch-Pruning can prune it, and so far, is
-        tried with magnitudes, layer by layer.
+        A network that will be trained first has no scores yet; that Torch-Pruning can prune it so far is tried.
         """
         if self.config.dry_run or self.config.train_epochs == 0:
             if not (self.config.out / "progress" / "pruned.json").exists() or self.config.dry_run:
                 self.plan = self.planner.plan(self.network.model)
         elif not (self.config.out / "progress" / "unpruned.json").exists():
-            trial = dataclasses.replace(self.config, scope="local", importance="l2", compensate=False, steps=1)
-            Planner(trial, self.network, self.batches, self.device).plan(self.network.model)
+            self.planner.probe(self.network.model)
 
     def all(self) -> None:
         """Run what is missing."""

@@ -254,6 +254,13 @@ def test_a_network_that_cannot_be_traced(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unreachable_target_is_refused_before_training(folder, tmp_path, capsys):
+    more = ["--train-epochs", "9", "--macs", "0.1", "--max-pruning-ratio", "0.5"]
+    assert main(flags(folder, tmp_path / "out", *more)) == 2
+    assert "macs 0.1 of the unpruned network cannot be reached: with 0.5 of every layer gone" in _one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tracing_without_end_is_given_up(folder, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plans, "TRACE_SECONDS", 0.01)
     assert main(flags(folder, tmp_path / "out", "--checkpoint", str(weights), "--macs", "0.5")) == 2

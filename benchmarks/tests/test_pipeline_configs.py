@@ -14,7 +14,7 @@ from benchmarks.pipeline import settings
 from benchmarks.pipeline.config import PruneRunConfig, check
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-QUICK = ("resnet56_49", "vgg19_88")
+QUICK = ("resnet56_49",)
 
 
 def test_there_are_the_papers_settings():

@@ -19,7 +19,7 @@ from benchmarks.__main__ import main
 from benchmarks.pipeline import training
 from benchmarks.pipeline.store import Store
 
-MORE = ["--train-epochs", "1", "--finetune-epochs", "2", "--macs", "0.6", "--importance", "l2", "--steps", "2"]
+MORE = ["--train-epochs", "1", "--finetune-epochs", "2", "--pruning-ratio", "0.4", "--no-compensate"]
 MORE += ["--checkpoint-every", "2", "--distill"]
 
 
