@@ -5,6 +5,7 @@ from .compensation import Compensation
 from .errors import IPPROError, NotCalibratedError, ObservationError, StaleStatisticsError
 from .importance import PROImportance
 from .losses import FisherNoise, LogitNoise
+from .saving import load_pruned, save_pruned
 from .spasp import SpaSPImportance
 
 __version__ = "0.1.0"
@@ -19,5 +20,7 @@ __all__ = [
     "SpaSPImportance",
     "StaleStatisticsError",
     "attention_heads",
+    "load_pruned",
+    "save_pruned",
     "update_attention",
 ]
