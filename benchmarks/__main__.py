@@ -8,6 +8,7 @@ from collections.abc import Callable
 import tyro
 
 from benchmarks import compare, mnist_two_layer, ratio, reconstruction, report
+from benchmarks.analyses import calibration_size, correlation, curves, lam, magnitude
 from benchmarks.errors import UsageError
 from benchmarks.pipeline import config as pipeline_config
 from benchmarks.pipeline import run as pipeline
@@ -20,6 +21,11 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "reconstruction": (reconstruction.ReconstructionConfig, reconstruction.run),
     "mnist": (mnist_two_layer.MnistConfig, mnist_two_layer.run),
     "prune": (pipeline_config.PruneRunConfig, pipeline.run),
+    "curves": (curves.CurvesConfig, curves.run),
+    "lam": (lam.LamConfig, lam.run),
+    "magnitude": (magnitude.MagnitudeConfig, magnitude.run),
+    "correlation": (correlation.CorrelationConfig, correlation.run),
+    "calibration-size": (calibration_size.CalibrationSizeConfig, calibration_size.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""
 
