@@ -56,18 +56,18 @@ class PruneRunConfig:
     """Widths are multiples of this; 0 for any."""
     max_pruning_ratio: float = 0.9
     """Largest ratio per layer."""
-    importance: str = "pro"
-    """Any criterion of ``compare``: pro, l1, l2, taylor, ..."""
+    importance: str = "pro-mean"
+    """Any criterion of ``compare``: pro, l1, l2, taylor, ...; pro-mean is PRO for compensated networks."""
     cost: Literal["auto", "none", "macs", "params"] = "auto"
-    """Divide scores by what a channel costs, in the global scope; auto: for pro, in the unit of the target."""
+    """Divide scores by what a channel costs, in the global scope; auto: for PRO, in the unit of the target."""
     scope: Literal["global", "local"] = "global"
     """global: one ranking over all layers; local: the same ratio in each layer."""
     steps: int = 1
     """Prune in so many steps, calibrating anew before each."""
     compensate: bool = True
-    """Fold what kept channels know of removed ones into the layers that read them."""
-    bn_reestimate: bool = True
-    """Re-estimate BatchNorm statistics after pruning, where there are any."""
+    """Refit each layer of the pruned network to what it gave before."""
+    bn_reestimate: Literal["auto", "always", "never"] = "auto"
+    """Re-estimate BatchNorm statistics after pruning; auto: without compensation, which sets the means itself."""
     calibration_images: int = 256
     """Training images for scores, compensation and BatchNorm."""
     finetune_epochs: int = 0
@@ -128,7 +128,7 @@ class PruneRunConfig:
     @property
     def cost_unit(self) -> str:
         """The unit that scores are divided by: ``none``, ``macs`` or ``params``."""
-        if self.scope == "local" or (self.cost == "auto" and self.importance != "pro"):
+        if self.scope == "local" or (self.cost == "auto" and self.importance not in ("pro", "pro-mean")):
             return "none"
         return self.cost if self.cost != "auto" else "params" if self.params is not None else "macs"
 

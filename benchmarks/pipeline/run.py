@@ -135,7 +135,9 @@ class _Run:
 
     def reestimated(self, model: nn.Module) -> nn.Module:
         """Return the network with BatchNorm statistics of the calibration images, if it has BatchNorm."""
-        if not self.config.bn_reestimate or not any(isinstance(m, BATCH_NORM) for m in model.modules()):
+        when = self.config.bn_reestimate
+        wanted = when == "always" or (when == "auto" and not self.config.compensate)
+        if not wanted or not any(isinstance(m, BATCH_NORM) for m in model.modules()):
             return model
         if self.store.result("bn") is None:
             begin = time.perf_counter()

@@ -54,7 +54,7 @@ def finished(folder, tmp_path_factory):
 
 def test_the_whole_way(finished, folder):
     result = json.loads((finished / "results.json").read_text())
-    assert set(result["quality"]) == {"unpruned", "pruned", "bn", "finetuned"}
+    assert set(result["quality"]) == {"unpruned", "pruned", "finetuned"}
     assert abs(result["plan"]["macs_fraction"] - 0.5) <= 0.01
     assert len(result["history"]["trained"]) == len(result["history"]["finetuned"]) == 2
     assert result["history"]["trained"][1] < result["history"]["trained"][0]
@@ -177,7 +177,7 @@ def test_attention_is_pruned_by_heads(folder):
 def test_the_harness_own_networks(folder, tmp_path):
     out = tmp_path / "out"
     own = ["--library", "cifar", "--train-epochs", "1", "--pruning-ratio", "0.3", "--importance", "l1"]
-    command = flags(folder, out, *own, "--no-compensate", "--no-bn-reestimate")
+    command = flags(folder, out, *own, "--no-compensate", "--bn-reestimate", "never")
     command[command.index("test_resnet")] = "resnet20"
     assert main(command) == 0
     result = json.loads((out / "results.json").read_text())
