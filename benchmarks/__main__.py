@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import tyro
 
-from benchmarks import compare, ratio, report
+from benchmarks import compare, ratio, report, scan
 from benchmarks.errors import UsageError
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "compare": (compare.CompareConfig, compare.run),
     "report": (report.ReportConfig, report.run),
     "ratio": (ratio.RatioConfig, ratio.run),
+    "scan": (scan.ScanConfig, scan.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""
 
