@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
+from benchmarks import scan_model
 from benchmarks.cells import write_json
 from benchmarks.errors import UsageError
 from benchmarks.scan_zoo import (
@@ -129,24 +127,17 @@ def examine(entry: Entry, config: ScanConfig) -> dict:
         record["status"] = "too large"
         write_json(path, record)
         return record
-    command = [sys.executable, "-m", "benchmarks.scan_model", "--name", entry.name, "--family", entry.family]
-    command += ["--path", str(path), "--seconds", str(config.limit_seconds), "--gigabytes", str(config.limit_gb)]
     path.unlink(missing_ok=True)
     log = path.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-        try:
-            code = process.wait(config.limit_seconds + GRACE)
-            ending = f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            ending = f"killed after {config.limit_seconds + GRACE:g} s"
-        finally:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    limits = (config.limit_seconds, config.limit_gb)
+    process = start_child(entry, path, log, *limits)
+    process.join(config.limit_seconds + GRACE)
+    ending = f"exit code {process.exitcode}"
+    if process.is_alive():
+        process.kill()
+        process.join()
+        ending = f"killed after {config.limit_seconds + GRACE:g} s"
     record = json.loads(path.read_text()) if path.exists() else unstarted(entry)
     if record["status"] == "running":
         lines = log.read_text().strip().splitlines()
@@ -156,6 +147,21 @@ def examine(entry: Entry, config: ScanConfig) -> dict:
         record["status"] = "killed"
         write_json(path, record)
     return record
+
+
+def start_child(entry: Entry, path: Path, log: Path, seconds: float, gigabytes: float) -> BaseProcess:
+    """Start the examination of one model in a process of its own.
+
+    Processes are forked from one that has imported the libraries and done nothing else: importing them anew
+    takes longer than examining most models.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch_pruning", "torchvision", "timm"])
+    process = context.Process(
+        target=scan_model.main, args=(entry.name, entry.family, path, log, seconds, gigabytes), daemon=True
+    )
+    process.start()
+    return process
 
 
 def unstarted(entry: Entry) -> dict:
@@ -191,16 +197,17 @@ def judge(record: dict) -> dict:
     """Return a record as one row of the table.
 
     ``verdict`` is one of "too large", "not built" (no input size runs), "not traced" (by Torch-Pruning),
-    "TP fails" (magnitude works in neither scope), "works" (PRO works wherever magnitude does) and "ours".
+    "TP fails" (magnitude works in neither scope), "works" (PRO works wherever magnitude does), "ours", and
+    "unfinished" (the time was up after the trace).
     """
     stages = record["stages"]
 
     def passed(name: str) -> bool:
         return bool(stages.get(name, {}).get("ok"))
 
-    scores = next((stages[f"scores {s}"] for s in SCOPES if f"scores {s}" in stages), {})
+    scores = stages.get("scores", {})
     magnitude = {s: passed(f"magnitude {s}") for s in SCOPES}
-    pro = {s: all(passed(f"{stage} {s}") for stage in ("calibrate", "scores", "pro")) for s in SCOPES}
+    pro = {s: passed(f"calibrate {s}") and passed("scores") and passed(f"pro {s}") for s in SCOPES}
     problems = list(our_failures(record))
     if record["status"] == "too large":
         verdict = "too large"
@@ -210,6 +217,8 @@ def judge(record: dict) -> dict:
         verdict = "not traced"
     elif problems:
         verdict = "ours"
+    elif record["status"] == "time limit":
+        verdict = "unfinished"
     else:
         verdict = "works" if any(magnitude.values()) else "TP fails"
     return {
@@ -217,7 +226,7 @@ def judge(record: dict) -> dict:
         "family": record["family"],
         "params": record["params"],
         "side": stages.get("build", {}).get("side"),
-        "groups": stages.get("trace", {}).get("groups"),
+        "groups": stages.get("magnitude local", {}).get("groups"),
         **{kind: scores.get(kind) for kind in ("sigma", "identity", "none")},
         **{f"magnitude {s}": magnitude[s] for s in SCOPES},
         **{f"pro {s}": pro[s] for s in SCOPES},
@@ -231,22 +240,27 @@ def our_failures(record: dict) -> Iterator[tuple[str, dict]]:
     Calibration and scores are ours whatever Torch-Pruning does; a step is, if it works with magnitude.
     """
     stages = record["stages"]
-    for scope in SCOPES:
-        for stage in ("calibrate", "scores", "pro"):
-            result = stages.get(f"{stage} {scope}")
-            if result is None or result.get("ok"):
-                continue
-            if stage == "pro" and not stages.get(f"magnitude {scope}", {}).get("ok"):
-                continue
-            yield f"{stage} {scope}", result.get("error", {"type": "unknown", "message": ""})
+    for stage in ("calibrate local", "scores", "pro local", "calibrate global", "pro global"):
+        result = stages.get(stage)
+        if result is None or result.get("ok") or _late(result):
+            continue
+        kind, _, scope = stage.partition(" ")
+        if kind == "pro" and not stages.get(f"magnitude {scope}", {}).get("ok"):
+            continue
+        yield stage, result.get("error", {"type": "unknown", "message": ""})
 
 
 def their_failures(record: dict) -> Iterator[tuple[str, dict]]:
     """Yield stage and error of what Torch-Pruning cannot do with magnitude."""
     for stage in ("trace", *(f"magnitude {s}" for s in SCOPES)):
         result = record["stages"].get(stage)
-        if result is not None and not result.get("ok"):
+        if result is not None and not result.get("ok") and not (stage != "trace" and _late(result)):
             yield stage, result.get("error", {"type": "unknown", "message": ""})
+
+
+def _late(result: dict) -> bool:
+    """Whether a stage ended because the time for all stages was up."""
+    return result.get("error", {}).get("type") == "TimeLimit"
 
 
 def one_line(record: dict) -> str:
@@ -266,7 +280,7 @@ def markdown(records: list[dict], table: pd.DataFrame) -> str:
     parts = ["# Architectures", totals(table)]
     columns = {
         "models": lambda g: len(g),
-        "traced": lambda g: int(g.verdict.isin(["TP fails", "works", "ours"]).sum()),
+        "traced": lambda g: int(g.verdict.isin(["TP fails", "works", "ours", "unfinished"]).sum()),
         "magnitude": lambda g: _marks(g, "magnitude"),
         "PRO": lambda g: _marks(g, "pro"),
         "groups": lambda g: _sum(g.groups),
@@ -286,6 +300,8 @@ def markdown(records: list[dict], table: pd.DataFrame) -> str:
         parts += [f"## {library}", pd.DataFrame(rows).to_markdown(index=False)]
     parts += ["## Where only PRO fails", failures(records, our_failures)]
     parts += ["## Where Torch-Pruning fails", failures(records, their_failures)]
+    late = ", ".join(table[table.verdict == "unfinished"].name)
+    parts += ["## Out of time after the trace", late or "None."]
     unbuilt = [(r["name"], r["stages"].get("build", {}).get("error", {})) for r in records if _unbuilt(r)]
     lines = [f"* {name}: {error.get('type')}: {error.get('message')}" for name, error in unbuilt]
     parts += ["## Not built", "\n".join(lines) or "None."]

@@ -1,4 +1,4 @@
-"""One model of the scan, in a process of its own: ``python -m benchmarks.scan_model FLAGS`` (started by ``scan``).
+"""One model of the scan, in a process of its own that ``scan`` starts.
 
 Torch-Pruning's own magnitude and ``PROImportance`` go through the same steps, each on a fresh copy, so that a
 failure can be told apart: where both fail it is Torch-Pruning's, where only PRO fails it is ours.
@@ -6,13 +6,12 @@ failure can be told apart: where both fail it is Torch-Pruning's, where only PRO
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import gc
+import os
 import resource
 import signal
-import sys
 import time
 import traceback
 import warnings
@@ -158,13 +157,11 @@ class Checked(tp.importance.Importance):
 
     Attributes:
         groups: Number of groups asked for.
-        without_producer: Of these, groups that no importance can score.
     """
 
     def __init__(self, importance: Callable) -> None:
         self._importance = importance
         self.groups = 0
-        self.without_producer = 0
 
     def __call__(self, group: Any, **options: Any) -> Tensor | None:
         """Return the scores of ``group``.
@@ -179,7 +176,6 @@ class Checked(tp.importance.Importance):
         if scores is None:
             if read_group(group).producers:
                 raise ArithmeticError(f"no score for the group of {root}")
-            self.without_producer += 1
         elif scores.shape != (channels,):
             raise ArithmeticError(f"shape {tuple(scores.shape)} for {channels} channels of {root}")
         elif not scores.isfinite().all():
@@ -222,7 +218,12 @@ def build_pruner(subject: Subject, importance: Callable, scope: str) -> tp.prune
         out_channel_groups={},
         num_heads=dict(subject.num_heads),
         channel_groups={},
+        forward_fn=_forward,  # without it, TP hides an error of the model behind that of a second try
     )
+
+
+def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    return model(*inputs)
 
 
 def prune_and_run(subject: Subject, pruner: tp.pruner.BasePruner, result: dict) -> None:
@@ -261,17 +262,19 @@ def calibrate(subject: Subject, pruner: tp.pruner.BasePruner, importance: PROImp
     importance.calibrate(pruner, batches, loss, progress=False)
 
 
-def describe_groups(importance: PROImportance, pruner: tp.pruner.BasePruner) -> dict:
-    """Return how many groups have an activation, the identity, or no producer; and which activations."""
+def check_scores(asked: Checked, importance: PROImportance, pruner: tp.pruner.BasePruner) -> dict:
+    """Score every group; return how many have an activation, the identity or no producer, and which activations."""
     rows = {row.root: row for row in importance.report()}
     kinds: collections.Counter[str] = collections.Counter()
     activations: collections.Counter[str] = collections.Counter()
     notes: list[str] = []
-    for record in (read_group(group) for group in groups_of(pruner)):
+    for group in groups_of(pruner):
+        record = read_group(group)
         row = rows[record.key]
         kinds["none" if not record.producers else "identity" if row.fallback else "sigma"] += 1
         activations.update({site.split(" #")[0] for site in row.sites.values() if site is not None})
         notes += [f"{record.key}: {note}" for note in row.notes]
+        asked(group)
     found = {kind: kinds[kind] for kind in ("sigma", "identity", "none")}
     return {**found, "activations": activations, "notes": notes}
 
@@ -292,20 +295,23 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
     def fresh() -> Subject:
         return found.pop() if found else scan_zoo.subject(name, side)
 
-    magnitude = tp.importance.MagnitudeImportance(p=2)
+    asked = Checked(tp.importance.MagnitudeImportance(p=2))
     pruners: list[tuple[Subject, tp.pruner.BasePruner]] = []
-    with record.stage("trace") as result:
+    with record.stage("trace"):
         subject = fresh()
-        pruners.append((subject, build_pruner(subject, magnitude, "local")))
-        result["groups"] = sum(1 for _ in groups_of(pruners[0][1]))
+        pruners.append((subject, build_pruner(subject, asked, SCOPES[0])))
     if not record.passed("trace"):
         return
     for scope in SCOPES:
         with record.stage(f"magnitude {scope}") as result:
             if not pruners:
                 subject = fresh()
-                pruners.append((subject, build_pruner(subject, magnitude, scope)))
-            prune_and_run(*pruners.pop(), result)
+                pruners.append((subject, build_pruner(subject, asked, scope)))
+            asked.groups = 0
+            try:
+                prune_and_run(*pruners.pop(), result)
+            finally:
+                result["groups"] = asked.groups
     for scope in SCOPES:
         importance = PROImportance()
         asked = Checked(importance)
@@ -319,10 +325,9 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
                 result.update(ok=False, error={"type": "Touched", "message": ", ".join(touched[:5])})
         if not record.passed(f"calibrate {scope}"):
             continue
-        with record.stage(f"scores {scope}") as result:
-            result.update(describe_groups(importance, pruner))
-            for group in groups_of(pruner):
-                asked(group)
+        if "scores" not in record.data["stages"]:
+            with record.stage("scores") as result:
+                result.update(check_scores(asked, importance, pruner))
         with record.stage(f"pro {scope}") as result:
             prune_and_run(subject, pruner, result)
 
@@ -334,36 +339,35 @@ def limit_resources(seconds: float, gigabytes: float) -> None:
         raise TimeLimit(f"no end within {seconds:g} s")
 
     signal.signal(signal.SIGALRM, stop)
-    # Torch-Pruning's trace catches everything once, hence the interval.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 3)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 3)  # again, should something catch everything
     # Not RLIMIT_AS: the address space that libraries reserve without using it would count.
     size = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Examine one model and write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--family", required=True)
-    parser.add_argument("--path", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--gigabytes", type=float, required=True)
-    options = parser.parse_args(arguments)
+def main(name: str, family: str, path: Path, log: Path, seconds: float, gigabytes: float) -> None:
+    """Examine one model and write its JSON; everything it prints goes to ``log``. Runs in a process of its own.
+
+    Args:
+        name: As in :class:`benchmarks.scan_zoo.Entry`.
+        family: The same.
+        path: The JSON file.
+        log: The text file.
+        seconds: Limit of the wall clock.
+        gigabytes: Limit of the memory.
+    """
+    with log.open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    limits = {"limit_seconds": options.seconds, "limit_gb": options.gigabytes}
-    record = Record(options.path, {"name": options.name, "family": options.family, "params": None, **limits})
+    limits = {"limit_seconds": seconds, "limit_gb": gigabytes}
+    record = Record(path, {"name": name, "family": family, "params": None, **limits})
     status = "done"
     try:
-        limit_resources(options.seconds, options.gigabytes)
-        examine(options.name, record)
+        limit_resources(seconds, gigabytes)
+        examine(name, record)
     except TimeLimit:
         status = "time limit"
     signal.setitimer(signal.ITIMER_REAL, 0)
     record.finish(status)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
