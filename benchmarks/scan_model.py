@@ -263,7 +263,7 @@ def calibrate(subject: Subject, pruner: tp.pruner.BasePruner, importance: PROImp
 
 
 def check_scores(asked: Checked, importance: PROImportance, pruner: tp.pruner.BasePruner) -> dict:
-    """Score every group; return how many have an activation, the identity or no producer, and which activations."""
+    """Score every group; return how many have an activation, the identity or no producer."""
     rows = {row.root: row for row in importance.report()}
     kinds: collections.Counter[str] = collections.Counter()
     activations: collections.Counter[str] = collections.Counter()
