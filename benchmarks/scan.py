@@ -110,7 +110,7 @@ def choose(config: ScanConfig, counts: Counts) -> tuple[int, Iterator[list[Entry
         if unknown:
             raise UsageError(f"no family {sorted(unknown)[0]!r}; use torchvision/MODULE or timm/MODULE")
         torchvision = {n: family for n, family in torchvision.items() if family in config.families}
-        timm = [family for family in timm if family in config.families]
+        timm = [family for family in config.families if family in timm]
     ones = ([entry] for entry in torchvision_entries(counts, torchvision))
     return len(torchvision) + len(timm), itertools.chain(ones, (timm_variants(f, counts) for f in timm))
 

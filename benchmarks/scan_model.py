@@ -268,15 +268,17 @@ def check_scores(asked: Checked, importance: PROImportance, pruner: tp.pruner.Ba
     kinds: collections.Counter[str] = collections.Counter()
     activations: collections.Counter[str] = collections.Counter()
     notes: list[str] = []
+    sites: dict[str, dict[str, str | None]] = {}
     for group in groups_of(pruner):
         record = read_group(group)
         row = rows[record.key]
         kinds["none" if not record.producers else "identity" if row.fallback else "sigma"] += 1
         activations.update({site.split(" #")[0] for site in row.sites.values() if site is not None})
         notes += [f"{record.key}: {note}" for note in row.notes]
+        sites[record.key] = dict(row.sites)
         asked(group)
     found = {kind: kinds[kind] for kind in ("sigma", "identity", "none")}
-    return {**found, "activations": activations, "notes": notes}
+    return {**found, "activations": activations, "notes": notes, "sites": sites}
 
 
 # -- all of it ------------------------------------------------------------------------------------------------
