@@ -71,7 +71,6 @@ def run(config: ScanConfig) -> pd.DataFrame:
         total, candidates = choose(config, counts)
         bar = tqdm(candidates, total=total, unit="model")
         for variants in bar:
-            counts.save()
             bar.set_postfix_str(variants[0].name)
             for entry in variants:
                 record = examine(entry, config)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ FIRST_SIDE = {"inception_v3": 96, "ssdlite320_mobilenet_v3_large": 320}
 """Where a smaller input runs but leaves nothing to look at."""
 VARIANTS = 4
 """How many variants of a timm family are tried before it is given up."""
+SMALL = ("18", "xxs", "xxt", "0_5", "050", "atto", "lite", "mini", "nano", "pico", "s0", "small", "t0", "tiny")
+"""Parts of the names of small models; only the speed of the search depends on them."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,21 +84,42 @@ class WeightsOnMeta(TorchFunctionMode):
     """Context in which ``torch.empty``, and so every layer's weight, allocates nothing.
 
     ``with torch.device("meta")`` goes further: models that compute their widths with tensors cannot be built.
+
+    Args:
+        limit: Raise :class:`OverflowError` when more numbers than this have been asked for.
     """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        super().__init__()
+        self._limit = limit
+        self._asked = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Move ``torch.empty`` to the meta device."""
-        if func is torch.empty:
-            kwargs = {**(kwargs or {}), "device": "meta"}
-        return func(*args, **(kwargs or {}))
+        if func is not torch.empty:
+            return func(*args, **(kwargs or {}))
+        out = func(*args, **{**(kwargs or {}), "device": "meta"})
+        self._asked += out.numel()
+        if self._asked > self._limit:
+            raise OverflowError(f"more than {self._limit:g} parameters")
+        return out
 
 
-def count_parameters(build: Callable[[], nn.Module]) -> int | None:
-    """Return the number of parameters of the model that ``build`` returns, without allocating them."""
+def count_parameters(build: Callable[[], nn.Module], limit: float = math.inf) -> int | None:
+    """Return the number of parameters of the model that ``build`` returns, without allocating them.
+
+    Returns:
+        None where the model cannot be built like this; it is examined all the same, after those with a count.
+
+    Raises:
+        OverflowError: The layers have more than ``limit`` weights.
+    """
     try:
-        with WeightsOnMeta():
+        with WeightsOnMeta(limit):
             return sum(p.numel() for p in build().parameters())
-    except Exception as error:  # any model's constructor: it is examined all the same, after those with a count
+    except OverflowError:
+        raise
+    except Exception as error:  # a constructor can raise anything
         print(f"cannot count parameters: {type(error).__name__}: {error}")
         return None
 
@@ -111,10 +136,14 @@ def torchvision_names() -> dict[str, str]:
 def torchvision_entries(counts: Counts, names: dict[str, str]) -> list[Entry]:
     """Return entries of torchvision models, smallest first."""
     entries = [
-        Entry(f"torchvision/{n}", family, counts.of(f"torchvision/{n}", lambda n=n: _torchvision_model(n)))
+        Entry(f"torchvision/{n}", family, _count(counts, f"torchvision/{n}", lambda n=n: _torchvision_model(n)))
         for n, family in names.items()
     ]
     return sorted(entries, key=_size)
+
+
+def _count(counts: Counts, name: str, build: Callable[[], nn.Module]) -> int | None:
+    return counts.of(name, lambda: count_parameters(build))
 
 
 def _size(entry: Entry) -> tuple[float, str]:
@@ -132,9 +161,22 @@ def timm_variants(family: str, counts: Counts) -> list[Entry]:
     """Return the smallest models of an architecture file, smallest first."""
     import timm
 
-    names = timm.list_models(module=family.partition("/")[2])
-    entries = [Entry(f"timm/{n}", family, counts.of(f"timm/{n}", lambda n=n: timm.create_model(n))) for n in names]
-    return sorted(entries, key=_size)[:VARIANTS]
+    def smallest() -> dict[str, int | None]:
+        names = timm.list_models(module=family.partition("/")[2])
+        found: list[Entry] = []
+        # Likely small ones first: a model is given up while it is built as soon as it is larger than those found.
+        for name in sorted(names, key=lambda n: not any(hint in n for hint in SMALL)):
+            sizes = [e.params for e in sorted(found, key=_size)[:VARIANTS] if e.params is not None]
+            # Some weights are replaced while a model is built: more are asked for than remain.
+            limit = 1.5 * sizes[-1] if len(sizes) == VARIANTS else math.inf
+            try:
+                params = count_parameters(lambda name=name: timm.create_model(name), limit)
+            except OverflowError:
+                continue
+            found.append(Entry(f"timm/{name}", family, params))
+        return {e.name: e.params for e in sorted(found, key=_size)[:VARIANTS]}
+
+    return [Entry(name, family, params) for name, params in counts.of(family, smallest).items()]
 
 
 class Counts:
@@ -142,23 +184,14 @@ class Counts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._counts: dict[str, int | None] = json.loads(path.read_text()) if path.exists() else {}
-        self._unsaved = 0
+        self._counts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
-    def of(self, name: str, build: Callable[[], nn.Module]) -> int | None:
-        """Return the count of ``name``, made with ``build`` if it is not known."""
+    def of(self, name: str, count: Callable[[], T]) -> T:
+        """Return what is stored under ``name``, or store and return what ``count`` returns."""
         if name not in self._counts:
-            self._counts[name] = count_parameters(build)
-            self._unsaved += 1
-            if self._unsaved >= 20:
-                self.save()
-        return self._counts[name]
-
-    def save(self) -> None:
-        """Write what is new."""
-        if self._unsaved:
+            self._counts[name] = count()
             write_json(self._path, self._counts)
-            self._unsaved = 0
+        return self._counts[name]
 
 
 def resolve(name: str, counts: Counts) -> list[Entry]:
@@ -179,7 +212,7 @@ def resolve(name: str, counts: Counts) -> list[Entry]:
 
         for module in timm.list_modules():
             if bare in timm.list_models(module=module):
-                params = counts.of(f"timm/{bare}", lambda: timm.create_model(bare))
+                params = _count(counts, f"timm/{bare}", lambda: timm.create_model(bare))
                 found.append(Entry(f"timm/{bare}", f"timm/{module}", params))
                 break
     if not found:
