@@ -91,6 +91,8 @@ class Record:
 def describe(error: BaseException) -> dict:
     """Return type, message and innermost frames of an error as JSON-ready strings."""
     frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, TimeLimit):
+        frames = frames[:-1]  # where it was, not the handler
     lines = str(error).strip().splitlines()
     out_of_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
     described = {
