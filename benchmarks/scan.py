@@ -180,6 +180,8 @@ def stale(record: dict, config: ScanConfig) -> bool:
         return True
     if record["status"] == "too large":
         return record["params"] <= config.max_params * 1e6
+    if record["status"] in ("time limit", "killed") and config.limit_seconds > record.get("limit_seconds", 0):
+        return True
     return config.retry_failed and judge(record)["verdict"] != "works"
 
 

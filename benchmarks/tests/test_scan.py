@@ -121,6 +121,8 @@ def test_limits_end_what_does_not_end(tmp_path, monkeypatch):
     assert soft["status"] == "time limit"
     assert soft["stages"]["build"]["error"]["type"] == "TimeLimit"
     assert "in with_gradients" in soft["stages"]["build"]["error"]["frame"]
+    assert not scan.stale(soft, config(tmp_path, limit_seconds=3))
+    assert scan.stale(soft, config(tmp_path, limit_seconds=4))
     monkeypatch.setattr(scan, "GRACE", 1)
     scan.run(config(tmp_path, "Deaf", limit_seconds=3))
     hard = record_of(tmp_path, "Deaf")
