@@ -218,7 +218,7 @@ def judge(record: dict) -> dict:
         verdict = "not traced"
     elif problems:
         verdict = "ours"
-    elif record["status"] == "time limit":
+    elif record["status"] == "time limit" or any(magnitude[s] and not pro[s] for s in SCOPES):
         verdict = "unfinished"
     else:
         verdict = "works" if any(magnitude.values()) else "TP fails"
@@ -278,7 +278,7 @@ def one_line(record: dict) -> str:
 
 def markdown(records: list[dict], table: pd.DataFrame) -> str:
     """Return the report: totals, a table per family, and the lists of failures."""
-    parts = ["# Architectures", totals(table)]
+    parts = ["# Architectures", preface(records), totals(table)]
     columns = {
         "models": lambda g: len(g),
         "traced": lambda g: int(g.verdict.isin(["TP fails", "works", "ours", "unfinished"]).sum()),
@@ -312,13 +312,27 @@ def markdown(records: list[dict], table: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def preface(records: list[dict]) -> str:
+    """Return how the records were made."""
+    made = [record for record in records if "environment" in record]
+    packages = (record["environment"]["versions"].items() for record in made)
+    versions = sorted({", ".join(f"{name} {version}" for name, version in p if version) for p in packages})
+    limits = sorted({f"{record['limit_seconds']:g} s and {record['limit_gb']:g} GiB" for record in made})
+    return (
+        "`python -m benchmarks scan`, one process a model, random weights, ratio 0.3. Under *magnitude* "
+        "and *PRO*: for how many models a local step works, a global step works. *groups*: with an activation as "
+        "sigma, with the identity, with no producer, as PRO found them.\n\n"
+        f"Made with {'; '.join(versions) or 'nothing yet'}. Limits: {', '.join(limits) or 'none'}."
+    )
+
+
 def totals(table: pd.DataFrame) -> str:
-    """Return how many models get how far."""
+    """Return how many models get how far; those without a result are not counted."""
     rows = []
     libraries = table.family.str.partition("/")[0]
     for library in [*sorted(set(libraries)), "all"]:
         part = table[(libraries == library) | (library == "all")]
-        part = part[~part.verdict.isin(["too large", "not built"])]
+        part = part[~part.verdict.isin(["too large", "not built", "unfinished"])]
         row = {"": library, "models tried": len(part), "traced by TP": int((part.verdict != "not traced").sum())}
         for scope in SCOPES:
             works = part[part[f"magnitude {scope}"]]

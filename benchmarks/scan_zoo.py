@@ -23,7 +23,7 @@ from benchmarks.errors import UsageError
 
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 DETECTION = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large")
-SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)
+SIDES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384)
 """Sizes of the square input that are tried, in this order."""
 FIRST_SIDE = {"inception_v3": 96, "ssdlite320_mobilenet_v3_large": 320}
 """Where a smaller input runs but leaves nothing to look at."""
@@ -285,7 +285,9 @@ def settle(model: nn.Module, batch: tuple[Any, ...], detector: bool) -> None:
 
 
 def restore_heads(model: nn.Module, num_heads: dict[nn.Module, int]) -> None:
-    """Tell attention modules the width that their projections have after a step, as TP's timm example does."""
+    """Tell attention modules and torchvision's ViT their widths after a step, as TP's examples do."""
+    if type(model).__name__ == "VisionTransformer" and hasattr(model, "conv_proj"):
+        model.hidden_dim = model.conv_proj.out_channels
     for module in model.modules():
         qkv = getattr(module, "qkv", None)
         if not isinstance(qkv, nn.Linear) or qkv not in num_heads:

@@ -130,6 +130,17 @@ def test_limits_end_what_does_not_end(tmp_path, monkeypatch):
     assert "killed after 4 s" in hard["stages"]["build"]["error"]["message"]
 
 
+def test_a_model_without_a_result_is_never_counted_as_working(finished):
+    record = record_of(finished[0], "Net")
+    assert scan.judge(record)["verdict"] == "works"
+    del record["stages"]["pro global"]
+    assert scan.judge(record)["verdict"] == "unfinished"
+    record["stages"]["pro global"] = {"ok": False, "error": {"type": "TimeLimit", "message": ""}}
+    row = scan.judge({**record, "status": "time limit"})
+    assert row["verdict"] == "unfinished"
+    assert "|              0 |" in scan.totals(scan.pd.DataFrame([row]))
+
+
 def test_large_models_are_left_out_until_the_limit_rises(tmp_path, monkeypatch):
     entry = scan_zoo.Entry("timm/huge", "timm/huge", 70_000_000)
     record = scan.examine(entry, config(tmp_path))
@@ -210,16 +221,15 @@ def test_the_zoo_is_small_and_the_same_at_every_call(tmp_path):
     assert all(map(torch.equal, a.model.parameters(), b.model.parameters()))
 
 
-def test_the_smallest_variants_are_found_without_building_the_large_ones(tmp_path, monkeypatch):
-    counts = scan_zoo.Counts(tmp_path / "parameters.json")
-    variants = scan_zoo.timm_variants("timm/convmixer", counts)
-    sizes = {
-        f"timm/{n}": sum(p.numel() for p in timm.create_model(n).parameters())
-        for n in timm.list_models(module="convmixer")
-    }
+def test_the_smallest_variants_are_found_and_kept(tmp_path, monkeypatch):
+    small = ["test_vit", "test_vit2", "test_vit3", "test_vit4"]
+    monkeypatch.setattr(timm, "list_models", lambda module: ["vit_small_patch32_224", *small])
+    variants = scan_zoo.timm_variants("timm/vision_transformer", scan_zoo.Counts(tmp_path / "parameters.json"))
+    sizes = {f"timm/{n}": sum(p.numel() for p in timm.create_model(n).parameters()) for n in small}
     assert [(v.name, v.params) for v in variants] == sorted(sizes.items(), key=lambda item: item[1])
     monkeypatch.setattr(scan_zoo, "count_parameters", None)
-    assert scan_zoo.timm_variants("timm/convmixer", scan_zoo.Counts(tmp_path / "parameters.json")) == variants
+    again = scan_zoo.timm_variants("timm/vision_transformer", scan_zoo.Counts(tmp_path / "parameters.json"))
+    assert again == variants
 
 
 def test_counting_stops_at_the_limit():
