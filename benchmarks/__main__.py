@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import tyro
 
-from benchmarks import compare, mnist_two_layer, ratio, reconstruction, report
+from benchmarks import compare, mnist_two_layer, ratio, reconstruction, report, scan
 from benchmarks.analyses import calibration_size, correlation, curves, lam, magnitude
 from benchmarks.errors import UsageError
 from benchmarks.pipeline import config as pipeline_config
@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "magnitude": (magnitude.MagnitudeConfig, magnitude.run),
     "correlation": (correlation.CorrelationConfig, correlation.run),
     "calibration-size": (calibration_size.CalibrationSizeConfig, calibration_size.run),
+    "scan": (scan.ScanConfig, scan.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""
 

@@ -29,13 +29,17 @@ def update_attention(pruner: Any) -> None:
     """Tell the attention modules of a pruned model how many heads of which size they have now.
 
     Their forward pass reshapes by numbers kept as attributes (``num_heads``, ``head_dim``, ``attn_dim``,
-    ``scale``), which Torch-Pruning does not know. Modules whose layers kept their widths are left alone.
+    ``scale``), which Torch-Pruning does not know; torchvision's ViT keeps ``hidden_dim``. Modules whose layers kept their widths are left alone.
 
     Args:
         pruner: a ``torch_pruning`` pruner made with ``num_heads=attention_heads(model)``, after its step.
     """
     heads = getattr(pruner, "num_heads", {})
     for module in pruner.model.modules():
+        if type(module).__name__ == "VisionTransformer" and isinstance(
+            getattr(module, "conv_proj", None), nn.Conv2d
+        ):
+            module.hidden_dim = module.conv_proj.out_channels  # torchvision's
         qkv = getattr(module, "qkv", None)
         if not isinstance(qkv, nn.Linear) or qkv not in heads:
             continue

@@ -19,6 +19,9 @@ from .errors import StaleStatisticsError
 # them away, so the affine parameters after them are the filter. A LayerNorm mixes all channels and is none.
 CHANNEL_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
 NOT_PRODUCERS = (nn.LayerNorm, nn.PReLU)
+# Torch-Pruning prunes their inputs and outputs with one function, as it does for element-wise layers; yet they
+# write channels of their own.
+WRITERS = (*CHANNEL_NORMS, _ConvNd, nn.MultiheadAttention, nn.Embedding)
 
 
 class Graph(Protocol):
@@ -129,9 +132,7 @@ def read_group(group: Any) -> GroupRecord:
         out = graph.is_out_channel_pruning_fn(dep.handler)
         elementwise = out and graph.is_in_channel_pruning_fn(dep.handler)
         produces = (
-            out
-            and not isinstance(module, NOT_PRODUCERS)
-            and (not elementwise or isinstance(module, (*CHANNEL_NORMS, _ConvNd)))
+            out and not isinstance(module, NOT_PRODUCERS) and (not elementwise or isinstance(module, WRITERS))
         )
         consumes = not out and isinstance(module, (_ConvNd, nn.Linear))
         if not produces and not consumes:
