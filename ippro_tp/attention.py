@@ -29,7 +29,8 @@ def update_attention(pruner: Any) -> None:
     """Tell the attention modules of a pruned model how many heads of which size they have now.
 
     Their forward pass reshapes by numbers kept as attributes (``num_heads``, ``head_dim``, ``attn_dim``,
-    ``scale``), which Torch-Pruning does not know; torchvision's ViT keeps ``hidden_dim``. Modules whose layers kept their widths are left alone.
+    ``scale``; torchvision's ViT keeps ``hidden_dim``), which Torch-Pruning does not know. Modules whose layers
+    kept their widths are left alone.
 
     Args:
         pruner: a ``torch_pruning`` pruner made with ``num_heads=attention_heads(model)``, after its step.
