@@ -93,6 +93,15 @@ class GradientObservation:
                 "no gradient reached the model inside observe(): call loss.backward() for each batch, with a "
                 "loss that depends on the model's output."
             )
+        for record in self._records:
+            names = {producer.name for producer in record.producers}
+            wrong = next((sorted(pair) for pair in self._observer.crossed if pair <= names), None)
+            if wrong is not None:
+                raise ObservationError(
+                    f"Torch-Pruning ties {wrong[0]!r} to {wrong[1]!r} in group {record.key!r}, but the channels "
+                    "of one are positions of the other (it follows no transpose, as in gMLP's gate). Put one of "
+                    "them into the pruner's ignored_layers."
+                )
         if self._kept is None:
             return
         skipped = self._counted - int(self._kept)

@@ -152,6 +152,7 @@ class Observer(TorchFunctionMode):
         self.sites: tuple[Site, ...] = ()
         self.norm_of: dict[str, str] = {}
         self.seen: set[str] = set()
+        self.crossed: set[frozenset[str]] = set()
         self.untapped: set[str] = set()  # producers whose sums nobody needs, once that is known
         self.passes = 0
 
@@ -233,6 +234,7 @@ class Observer(TorchFunctionMode):
             self.sites, self.norm_of = tuple(current.sites), dict(current.norm_of)
         elif self._signature != current.signature:
             raise ObservationError(_difference(self.sites, tuple(current.sites)))
+        self.crossed |= self._flow.crossed
         self.passes += 1
 
     def _end_forward(self) -> None:

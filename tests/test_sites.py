@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import nn
 
-from ippro_tp import PROImportance
+from ippro_tp import ObservationError, PROImportance
 from ippro_tp.groups import groups_of
 
 from .nets import make_pruner
@@ -49,3 +50,31 @@ def test_attention_modules_and_embeddings_write_to_the_stream(words):
     pruner.step()
     model(x).sum().backward()
     assert model.norm.weight.numel() == 4
+
+
+def test_channels_that_are_positions_of_another_layer_are_refused():
+    """gMLP's gate: Torch-Pruning takes the tokens of one layer for channels of the other."""
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc1 = nn.Linear(6, 5), nn.Linear(5, 16)
+            self.proj, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            u, v = self.fc1(self.stem(x).relu()).chunk(2, dim=-1)
+            v = self.proj(v.transpose(1, 2)).transpose(1, 2)
+            return self.fc2(u * v).mean(1)
+
+    model = Gate().eval()
+    x = torch.randn(4, 8, 6)
+
+    def pruner(ignored):
+        return tp.pruner.BasePruner(
+            model, x[:1], importance=None, ignored_layers=[model.fc2, *ignored], in_channel_groups={},
+            out_channel_groups={}, num_heads={}, channel_groups={},
+        )  # fmt: skip
+
+    with pytest.raises(ObservationError, match=r"'fc1' to 'proj'(.|\n)*ignored_layers"):
+        PROImportance().calibrate(pruner([]), [x], progress=False)
+    PROImportance().calibrate(pruner([model.proj]), [x], progress=False)
