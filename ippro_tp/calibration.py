@@ -14,7 +14,17 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .errors import NotCalibratedError, ObservationError, StaleStatisticsError
-from .groups import GroupRecord, Layer, check_widths, graph_of, group_key, groups_of, read_group
+from .groups import (
+    GroupRecord,
+    Layer,
+    check_widths,
+    graph_of,
+    group_key,
+    groups_of,
+    index_tensor,
+    is_unchanged,
+    read_group,
+)
 from .guard import preserved
 from .statistics import Sums
 
@@ -280,7 +290,8 @@ class Calibrated(abc.ABC):
         Raises:
             NotCalibratedError, StaleStatisticsError: the statistics do not cover the group.
         """
-        current = read_group(group)
+        known = self._records.get(group_key(group))
+        current = known if known is not None and is_unchanged(known, group) else read_group(group)
         if not current.producers:
             return None
         if self._sums is None:
@@ -294,7 +305,7 @@ class Calibrated(abc.ABC):
         check_widths(record, current)
         self._check_weights(group._DG.model, current)
         if record.key == group_key(group):
-            positions = torch.tensor(group[0][1], dtype=torch.long)
+            positions = index_tensor(group[0][1])
         else:
             positions = _match(record, current)
         if positions.numel() and int(positions.max()) >= record.width:
@@ -455,6 +466,7 @@ def _pack_record(record: GroupRecord) -> dict[str, Any]:
         "producers": pack(record.producers),
         "consumers": pack(record.consumers),
         "problems": list(record.problems),
+        "members": list(record.members),
     }
 
 
@@ -465,4 +477,5 @@ def _unpack_record(packed: Mapping[str, Any]) -> GroupRecord:
         tuple(Layer(**x) for x in packed["producers"]),
         tuple(Layer(**x) for x in packed["consumers"]),
         tuple(packed["problems"]),
+        tuple(packed.get("members", ())),
     )
