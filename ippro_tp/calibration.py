@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from .batches import as_call, batches_of, cut
 from .errors import NotCalibratedError, ObservationError, StaleStatisticsError
-from .groups import GroupRecord, Layer, check_widths, group_key, groups_of, read_group
+from .groups import (
+    GroupRecord,
+    Layer,
+    check_widths,
+    group_key,
+    groups_of,
+    index_tensor,
+    is_unchanged,
+    read_group,
+)
 from .guard import preserved
 from .processes import all_or_none, gather, several, unsynchronised
 from .statistics import Sums
@@ -267,7 +276,8 @@ class Calibrated(abc.ABC):
         Raises:
             NotCalibratedError, StaleStatisticsError: the statistics do not cover the group.
         """
-        current = read_group(group)
+        known = self._records.get(group_key(group))
+        current = known if known is not None and is_unchanged(known, group) else read_group(group)
         if not current.producers:
             return None
         if self._sums is None:
@@ -280,10 +290,8 @@ class Calibrated(abc.ABC):
             )
         check_widths(record, current)
         self._check_weights(group._DG.model, current)
-        if record.key == group_key(group):
-            positions = torch.tensor(group[0][1], dtype=torch.long)
-        else:
-            positions = _match(record, current)
+        same_root = record.key == group_key(group)
+        positions = index_tensor(group[0][1]) if same_root else _match(record, current)
         if positions.numel() and int(positions.max()) >= record.width:
             raise StaleStatisticsError(
                 f"group {current.key!r} asks for channel {int(positions.max())} of {record.width}: the model has "
@@ -386,6 +394,7 @@ def _pack_record(record: GroupRecord) -> dict[str, Any]:
         "producers": pack(record.producers),
         "consumers": pack(record.consumers),
         "problems": list(record.problems),
+        "members": list(record.members),
     }
 
 
@@ -396,4 +405,5 @@ def _unpack_record(packed: Mapping[str, Any]) -> GroupRecord:
         tuple(Layer(**x) for x in packed["producers"]),
         tuple(Layer(**x) for x in packed["consumers"]),
         tuple(packed["problems"]),
+        tuple(packed.get("members", ())),
     )
