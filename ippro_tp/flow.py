@@ -124,7 +124,8 @@ class ChannelFlow:
         elif isinstance(out, Tensor) and out is not None:
             if len(labelled) > 1:
                 same = [lab for t, lab in labelled if t.dim() == out.dim()]
-                self._cross(same)
+                # A single channel is never removed: what it is tied to does not matter.
+                self._cross([lab for t, lab in labelled if t.shape == out.shape and t.shape[lab.axis] > 1])
                 label = _union(same or [label])
             self.set(out, _carry(name, x, label, args, kwargs, out))
 
