@@ -7,25 +7,37 @@ from collections.abc import Callable
 
 import tyro
 
-from benchmarks import compare, ratio, report
+from benchmarks import compare, mnist_two_layer, ratio, reconstruction, report, scan
 from benchmarks.analyses import calibration_size, correlation, curves, lam, magnitude
 from benchmarks.errors import UsageError
+from benchmarks.pipeline import config as pipeline_config
+from benchmarks.pipeline import run as pipeline
+from benchmarks.pipeline import settings
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "compare": (compare.CompareConfig, compare.run),
     "report": (report.ReportConfig, report.run),
     "ratio": (ratio.RatioConfig, ratio.run),
+    "reconstruction": (reconstruction.ReconstructionConfig, reconstruction.run),
+    "mnist": (mnist_two_layer.MnistConfig, mnist_two_layer.run),
+    "prune": (pipeline_config.PruneRunConfig, pipeline.run),
     "curves": (curves.CurvesConfig, curves.run),
     "lam": (lam.LamConfig, lam.run),
     "magnitude": (magnitude.MagnitudeConfig, magnitude.run),
     "correlation": (correlation.CorrelationConfig, correlation.run),
     "calibration-size": (calibration_size.CalibrationSizeConfig, calibration_size.run),
+    "scan": (scan.ScanConfig, scan.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; bad input ends in one line on stderr and exit code 2."""
+    try:
+        arguments = settings.expand(sys.argv[1:] if arguments is None else arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     configs = {name: config for name, (config, _) in COMMANDS.items()}
     config = tyro.extras.subcommand_cli_from_dict(
         configs, prog="python -m benchmarks", args=arguments, config=(tyro.conf.OmitArgPrefixes,)

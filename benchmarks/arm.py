@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from benchmarks.criteria import find_criterion
 from benchmarks.evaluate import accuracy, reestimate_batchnorm
 from benchmarks.finetune import Recipe, finetune
 from benchmarks.prune import PruneConfig, Pruned, build_pruner, prune, size, widths
+from benchmarks.schedule import prune_front_to_back
 from benchmarks.scores import FrozenScores, freeze
 from benchmarks.search import Found, find_ratio
 from benchmarks.tasks import Batch, Task
@@ -36,6 +38,7 @@ class Settings:
     prune: PruneConfig
     recipe: Recipe
     device: str
+    block_epochs: int = 0
 
 
 @dataclass
@@ -181,12 +184,41 @@ class ArmRunner:
             raise ArithmeticError("compensation changed which channels are pruned")
         return Plan(pruned, plan.found, plan.rounding, plan.seconds)
 
+    def _front_to_back(self, cell: Cell, plan: Plan, seconds: dict[str, float]) -> Plan:
+        """Return a network of the widths of ``plan``'s, pruned group by group with a new calibration for each."""
+        task, settings, batches = self.task, self.settings, self.batches(cell.seed)
+        recipe = dataclasses.replace(settings.recipe, epochs=settings.block_epochs)
+
+        def build(model: torch.nn.Module, pruner) -> Callable:
+            with torch.random.fork_rng(devices=[]):
+                return find_criterion(cell.criterion).build(model, pruner, batches, cell.seed)
+
+        def between(model: torch.nn.Module) -> None:
+            if settings.block_epochs:
+                finetune(model, task, recipe, cell.seed, settings.device)
+
+        compensation = self._compensation(cell.seed) if cell.compensation != "none" else None
+        with _timed(seconds, "schedule"):
+            pruned = prune_front_to_back(
+                task.model,
+                task.example,
+                task.ignored,
+                plan.pruned.widths,
+                build,
+                settings.prune,
+                compensation,
+                between,
+            )
+        return Plan(pruned, plan.found, plan.rounding, plan.seconds)
+
     def _pruned(self, cell: Cell, seconds: dict[str, float]) -> dict:
         scores, spent = self.scores(cell.criterion, cell.cost, cell.seed)
         seconds |= spent
         plan = self._plan(cell, scores)
         seconds["pruning"] = plan.seconds
-        if cell.compensation != "none" and plan.found.hit:
+        if cell.schedule != "once" and plan.found.hit:
+            plan = self._front_to_back(cell, plan, seconds)
+        elif cell.compensation != "none" and plan.found.hit:
             plan = self._compensated(cell, scores, plan, seconds)
         base_macs, base_params = self.base_size()
         pruned = plan.pruned

@@ -23,7 +23,7 @@ UNPRUNED = "unpruned"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is varied: arm, cost term, scope, MACs target, seed and compensation."""
+    """What is varied: arm, cost term, scope, MACs target, seed, compensation and schedule."""
 
     criterion: str
     cost: str
@@ -31,18 +31,20 @@ class Cell:
     target: float
     seed: int
     compensation: str = "none"
+    schedule: str = "once"
 
     @property
     def varied(self) -> dict:
-        """The fields that name this cell in its JSON; without compensation, it is not named."""
+        """The fields that name this cell in its JSON; the last two only where they are not the default."""
         fields = dataclasses.asdict(self)
-        if self.compensation == "none":
-            del fields["compensation"]
+        for name, default in (("compensation", "none"), ("schedule", "once")):
+            if fields[name] == default:
+                del fields[name]
         return fields
 
     def path(self, out: Path, task: str, model: str) -> Path:
         """Return the JSON file of this cell under ``out``."""
-        options = [option for option in (self.cost, self.compensation) if option != "none"]
+        options = [x for x in (self.cost, self.compensation, self.schedule) if x not in ("none", "once")]
         arm = "+".join([self.criterion, *options])
         model = model.replace("/", "_")
         return out / "cells" / f"{task}-{model}" / f"{arm}__{self.scope}__{self.target:g}__seed{self.seed}.json"
@@ -51,7 +53,7 @@ class Cell:
     def label(self) -> str:
         """Short description for progress bars and error lists."""
         text = f"{self.criterion} cost={self.cost} {self.scope} {self.target:g} seed {self.seed}"
-        return text if self.compensation == "none" else f"{text} {self.compensation}"
+        return " ".join([text, *(x for x in (self.compensation, self.schedule) if x not in ("none", "once"))])
 
 
 def write_json(path: Path, record: dict) -> None:

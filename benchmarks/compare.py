@@ -43,7 +43,11 @@ class CompareConfig(TaskConfig):
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
     compensate: tuple[Literal["none", "fold"], ...] = ("none",)
-    """fold: predict removed channels from kept ones inside the next layers (``ippro_tp.Compensation``)."""
+    """fold: refit each layer to what it gave before the cut (``ippro_tp.Compensation``)."""
+    schedule: tuple[Literal["once", "front"], ...] = ("once",)
+    """front: the same widths, but group by group, front to back, with a new calibration for each."""
+    block_epochs: int = 0
+    """Epochs of fine-tuning after each group of ``--schedule front``."""
     calibration_images: int = 0
     """Training images for calibration and BatchNorm re-estimation; 0 for the task's default."""
     test_images: int = 0
@@ -94,6 +98,7 @@ def _settings(config: CompareConfig) -> Settings:
         cost_exponent=config.cost_exponent,
         prune=PruneConfig(config.max_pruning_ratio, config.round_to),
         recipe=Recipe(epochs=config.finetune_epochs, learning_rate=config.lr),
+        block_epochs=config.block_epochs,
         device=config.device,
     )
 
@@ -110,9 +115,10 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
             for scope in config.scopes or defaults.scopes:
                 costs = (config.cost or defaults.costs) if scope == "global" else ("none",)
                 cells += [
-                    Cell(name, cost, scope, target, seed, compensation)
+                    Cell(name, cost, scope, target, seed, compensation, schedule)
                     for cost in costs
                     for compensation in config.compensate
+                    for schedule in config.schedule
                     for target in config.targets or defaults.targets
                 ]
     return cells
@@ -129,6 +135,8 @@ def _pending(config: CompareConfig, settings: Settings, task: Task, cells: list[
         "all_test_images": len(task.test),
     }
     del common["device"]
+    if not settings.block_epochs:
+        del common["block_epochs"]  # cells from before the option are the same
     jobs: dict[str, list] = {}
     for cell in cells:
         path, wanted = cell.path(config.out, task.name, task.model_name), common | cell.varied

@@ -176,6 +176,14 @@ def _pro_square(model, pruner, batches, seed):
     return _calibrated(PROImportance(power=2, seed=seed, cost=None), pruner, batches)
 
 
+@criterion("pro-mean", data="backward", degree=2)
+def _pro_mean(model, pruner, batches, seed):
+    """The mean square of the offset towards the mean: for networks that are compensated."""
+    from ippro_tp import PROImportance
+
+    return _calibrated(PROImportance(reference="mean", seed=seed, cost=None), pruner, batches)
+
+
 @criterion("ispasp", data="forward")
 def _ispasp(model, pruner, batches, seed):
     from ippro_tp import SpaSPImportance

@@ -15,6 +15,8 @@ from benchmarks.cells import UNPRUNED
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
 """Okabe and Ito's colour-blind-safe palette without yellow and without vermilion (PRO's own); two greys."""
 HIGHLIGHT = "#D55E00"
+COMPENSATED = " + compensation"
+"""What the report appends to the name of a compensated arm."""
 MARKERS = "ovsPXD^<>ph*"
 DASHES = ("-", "--", ":")
 PANELS = {"pruned": "as pruned", "bn": "BatchNorm re-estimated", "finetuned": "fine-tuned"}
@@ -58,9 +60,16 @@ def _draw(part: pd.DataFrame, task: str, path: Path) -> None:
 
 
 def arm_styles(arms: list[str]) -> dict[str, dict]:
-    """Return line styles: PRO's default in vermilion and thick, PRO's other arms thin in the same colour."""
+    """Return line styles: PRO's default in vermilion and thick, PRO's other arms thin in the same colour.
+
+    Compensated arms have the colour of the arm that they compensate, a star and dashes with dots.
+    """
     styles, others, variants = {}, 0, 0
-    for arm in arms:
+    for arm in sorted(arms, key=lambda arm: COMPENSATED in arm):
+        plain = arm.replace(COMPENSATED, "")
+        if plain != arm and plain in styles:
+            styles[arm] = styles[plain] | {"linestyle": "-.", "marker": "*", "markersize": 11}
+            continue
         if arm.split(" ")[0] == "pro":
             dash = "-" if arm == "pro" else "--"
             styles[arm] = {"color": HIGHLIGHT, "linewidth": 3, "linestyle": dash, "marker": "o", "zorder": 5}
@@ -85,7 +94,7 @@ def _curve(axis, cells: pd.DataFrame, phase: str, arm: str, style: dict) -> None
         return
     curve = cells.groupby("target").agg(macs=("macs_fraction", "mean"), mean=(phase, "mean"), std=(phase, "std"))
     curve = curve.fillna({"std": 0.0}).sort_values("macs")
-    axis.plot(curve.macs, curve["mean"], label=arm, markersize=5, **style)
+    axis.plot(curve.macs, curve["mean"], label=arm, **{"markersize": 5, **style})
     shade = 0.2 if arm.split(" ")[0] == "pro" else 0.07
     low, high = curve["mean"] - curve["std"], curve["mean"] + curve["std"]
     axis.fill_between(curve.macs, low, high, color=style["color"], alpha=shade, linewidth=0)

@@ -6,14 +6,16 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.scores import prunable_groups
-from ippro_tp import Compensation
+from benchmarks.scores import GroupKey, prunable_groups
+from ippro_tp import Compensation, attention_heads, update_attention
+from ippro_tp.compensation import CompensationReport
+from ippro_tp.losses import main_output
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -30,12 +32,14 @@ class PruneConfig:
 
 @dataclass
 class Pruned:
-    """A pruned network and its size."""
+    """A pruned network, its size, and which channels of each group's root went."""
 
     model: nn.Module
     macs: float
     params: float
     widths: dict[str, int]
+    removed: dict[GroupKey, list[int]] = field(default_factory=dict)
+    compensation: CompensationReport | None = None
 
 
 def build_pruner(
@@ -75,17 +79,20 @@ def build_pruner(
             ignored_layers=[model.get_submodule(name) for name in ignored],
             in_channel_groups={},
             out_channel_groups={},
-            num_heads={},
+            num_heads=attention_heads(model),
             channel_groups={},
         )
 
 
-def apply(pruner: tp.pruner.BasePruner, compensation: Compensation | None = None) -> None:
+def apply(pruner: tp.pruner.BasePruner, compensation: Compensation | None = None) -> CompensationReport | None:
     """Remove the channels, with or without compensation: the only place where ``step`` is called."""
+    report = None
     if compensation is None:
         pruner.step()
     else:
-        compensation.step(pruner)
+        report = compensation.step(pruner)
+    update_attention(pruner)
+    return report
 
 
 def size(model: nn.Module, example: Tensor) -> tuple[float, float]:
@@ -127,6 +134,7 @@ def prune(
     config: PruneConfig,
     stagger: bool = False,
     compensation: Compensation | None = None,
+    ratios: dict[str, float] | None = None,
 ) -> Pruned:
     """Prune a copy of ``model`` and check that the result runs.
 
@@ -140,20 +148,22 @@ def prune(
         config: See :class:`PruneConfig`.
         compensation: Calibrated on ``model``; folds removed channels into the layers that read them.
         stagger: In the local scope, round each group's ratio by :func:`staggered_ratios`.
+        ratios: Ratios of single groups, by the name of their root layer.
     """
     model = copy.deepcopy(model)
     importance = importance.for_scope(scope) if hasattr(importance, "for_scope") else importance
-    pruner = build_pruner(model, example, ignored, importance, ratio, scope, config)
+    pruner = build_pruner(model, example, ignored, importance, ratio, scope, config, ratios)
     if stagger:
         ratios = staggered_ratios(pruner, ratio, config.max_pruning_ratio)
         pruner = build_pruner(model, example, ignored, importance, ratio, scope, config, ratios)
     if hasattr(importance, "bind"):
         importance.bind(pruner)
-    apply(pruner, compensation)
+    report = apply(pruner, compensation)
     model.eval().zero_grad()
     macs, params = size(model, example)
     with torch.no_grad():
-        outputs = model(example)
+        outputs = main_output(model(example))
     if not outputs.isfinite().all():
         raise ArithmeticError(f"the network pruned at ratio {ratio} returns values that are not finite")
-    return Pruned(model, macs, params, widths(model))
+    removed = {(name, is_out): list(idxs) for name, is_out, idxs in pruner.pruning_history()}
+    return Pruned(model, macs, params, widths(model), removed, report)

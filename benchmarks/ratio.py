@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from benchmarks.prune import build_pruner
 from benchmarks.tasks import TaskConfig, build_task
+from ippro_tp import SpaSPImportance
 
 
 @dataclass(frozen=True)
 class RatioConfig(TaskConfig):
-    """Time ``PROImportance().calibrate()`` against plain forwards and backwards, interleaved in one process."""
+    """Time calibrations against plain passes over the same images, interleaved in one process."""
 
     rounds: int = 7
     """Measurements of each; the first round warms up and is not counted."""
@@ -31,7 +32,7 @@ class RatioConfig(TaskConfig):
 
 
 def run(config: RatioConfig) -> None:
-    """Print the median and the quartiles of time / plain time for both estimators."""
+    """Print the median and the quartiles of time / plain time: PRO's estimators, and i-SpaSP."""
     if config.threads:
         torch.set_num_threads(config.threads)
     task = build_task(config)
@@ -50,14 +51,30 @@ def run(config: RatioConfig) -> None:
     runs: dict[str, Callable[[], None]] = {"plain": plain}
     for estimator in ("expected", "paper"):
         runs[estimator] = lambda estimator=estimator: _calibrate(estimator, pruner, batches)
+
+    def forwards() -> None:
+        with torch.no_grad():
+            for images, _ in batches:
+                model(images)
+
+    forward_runs = {
+        "plain": forwards,
+        "ispasp": lambda: SpaSPImportance().calibrate(pruner, batches, progress=False),
+    }
+    print(f"{task.name} {task.model_name}, {config.images} images, {torch.get_num_threads()} threads")
+    for title, group in (("forward and backward", runs), ("forward", forward_runs)):
+        print(f"\n{title}:\n{summary(_interleaved(group, config))}")
+
+
+def _interleaved(runs: dict[str, Callable[[], object]], config: RatioConfig) -> dict[str, list[float]]:
+    """Return the seconds of each run in each round but the first."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(config.rounds + 1):
         for name, function in runs.items():
             elapsed = _time(function, config.device)
             if number:
                 seconds[name].append(elapsed)
-    print(f"{task.name} {task.model_name}, {config.images} images, {torch.get_num_threads()} threads")
-    print(summary(seconds))
+    return seconds
 
 
 def summary(seconds: dict[str, list[float]]) -> str:
@@ -76,11 +93,14 @@ def _calibrate(estimator: str, pruner, batches) -> None:
     PROImportance(estimator=estimator).calibrate(pruner, batches, progress=False)
 
 
-def _time(function: Callable[[], None], device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def _time(function: Callable[[], object], device: str) -> float:
+    """Seconds on the device; of the CPU, its own time: what else the machine does counts for nothing."""
+    if device == "cpu":
+        begin = time.process_time()
+        function()
+        return time.process_time() - begin
+    torch.cuda.synchronize()
     begin = time.perf_counter()
     function()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - begin

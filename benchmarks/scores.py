@@ -15,6 +15,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
+from ippro_tp.groups import groups_of
+
 GroupKey = tuple[str, bool]
 """Name of a group's root layer, and whether the root prunes its outputs."""
 
@@ -27,10 +29,8 @@ def group_key(group) -> GroupKey:
 
 
 def prunable_groups(pruner) -> Iterator:
-    """Yield the groups that ``pruner`` would rank, each over all channels of its root."""
-    yield from pruner.DG.get_all_groups(
-        ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
-    )
+    """Yield the groups that ``pruner`` would rank, rooted as it roots them, each over all channels of its root."""
+    yield from groups_of(pruner)
 
 
 @dataclass(frozen=True)

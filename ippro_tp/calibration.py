@@ -6,17 +6,28 @@ import abc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from .batches import as_call, batches_of, cut
 from .errors import NotCalibratedError, ObservationError, StaleStatisticsError
-from .groups import GroupRecord, Layer, check_widths, graph_of, group_key, groups_of, read_group
+from .groups import (
+    GroupRecord,
+    Layer,
+    check_widths,
+    group_key,
+    groups_of,
+    index_tensor,
+    is_unchanged,
+    read_group,
+)
 from .guard import preserved
+from .processes import all_or_none, gather, several, unsynchronised
 from .statistics import Sums
+from .target import eagerly, resolve
 
 Self = TypeVar("Self", bound="Calibrated")
 LossFn = Callable[[Any, Any], Tensor]
@@ -77,7 +88,7 @@ class Calibrated(abc.ABC):
 
         Args:
             target: a ``torch_pruning`` pruner or ``DependencyGraph``; or a model, whose groups are then traced
-                from the first batch.
+                from the first batch. Of a DistributedDataParallel wrapper its ``.module`` is taken.
             **options: of the criterion; see its ``observe`` or class docstring.
 
         Yields:
@@ -86,22 +97,15 @@ class Calibrated(abc.ABC):
         Raises:
             ObservationError: what the loop did cannot be used; the message says what to change.
             TypeError: ``target`` is none of the above.
+            RuntimeError: the ranks observed different models.
 
         On exit, also after an exception, hooks, ``.grad``, buffers, ``requires_grad`` and train/eval flags of
         the model are as before. An optimizer step inside does nothing: there are no gradients to step along.
+
+        Under ``torch.distributed`` every rank has to enter. On exit the statistics are added up over the ranks;
+        if one of them failed, all raise and keep what they had.
         """
-        graph = graph_of(target)
-        if graph is None and not isinstance(target, nn.Module):
-            raise TypeError(
-                "observe() needs a torch_pruning pruner, a DependencyGraph or an nn.Module, "
-                f"not {type(target).__name__}"
-            )
-        model: nn.Module = graph.model if graph is not None else target
-        if hasattr(model, "_orig_mod"):
-            raise ObservationError(
-                "the model is wrapped by torch.compile. Calibrate the original model (model._orig_mod) and "
-                "compile the pruned one."
-            )
+        graph, model = resolve(target)
         records: dict[str, GroupRecord] = {}
 
         def groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[GroupRecord]:
@@ -110,19 +114,24 @@ class Calibrated(abc.ABC):
                 records[record.key] = record
             return records.values()
 
-        with preserved(model):
-            observation = self._observation(model, groups, **options)
-            with observation:
-                yield self
-        observation.finish()
-        if not observation.sums.all_finite():
-            raise ObservationError(
-                "the statistics hold NaN or inf: a loss or an activation was not finite during calibration. "
-                "Check the loss and the inputs; under fp16 autocast use bf16 or a smaller loss scale."
-            )
+        with all_or_none():
+            with preserved(model), unsynchronised(target), eagerly():
+                observation = self._observation(model, groups, **options)
+                with observation:
+                    yield self
+            observation.finish()
+            if not observation.sums.all_finite():
+                raise ObservationError(
+                    "the statistics hold NaN or inf: a loss or an activation was not finite during calibration. "
+                    "Check the loss and the inputs; under fp16 autocast use bf16, or a GradScaler that "
+                    "observe(..., loss_scale=scaler) is told of."
+                )
+        _check_same_groups(records)
         observation.sums.all_reduce()
         self._ranks_globally = bool(getattr(target, "global_pruning", False))
         self._commit(observation)
+        if several():  # what the first batch showed may differ between ranks; scores must not
+            self._load_extra_state(gather(self._extra_state())[0])
         self._sums = observation.sums
         self._records = records
         self._cache = {}
@@ -158,37 +167,24 @@ class Calibrated(abc.ABC):
             ValueError: the loader is empty, or ``loss_fn`` does not return a scalar tensor.
             ObservationError: see :meth:`observe`.
         """
-        graph = graph_of(target)
-        model: nn.Module = graph.model if graph is not None else target
+        _, model = resolve(target)
         loss_fn = loss_fn or self._default_loss()
-        seen = 0
         with self.observe(target, **options):
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             model.eval()
-            for batch in _with_progress(loader, progress, type(self).__name__):
-                inputs, targets = _unpack(batch)
-                size = _rows(inputs)
-                if max_samples is not None and seen + size > max_samples:
-                    inputs, targets = (_cut(v, max_samples - seen) for v in (inputs, targets))
-                    size = max_samples - seen
-                if size == 0:
-                    break
-                seen += size
-                self._run(model, _moved(inputs, device), _moved(targets, device), loss_fn)
-                if seen == max_samples:
-                    break
-            if seen == 0:
-                raise ValueError("the loader is empty: calibration needs at least one batch of samples.")
+            for inputs, targets in batches_of(loader, device, max_samples, progress, type(self).__name__):
+                self._run(model, inputs, targets, loss_fn)
         return self
 
     def _run(self, model: nn.Module, inputs: Any, targets: Any, loss_fn: LossFn) -> None:
         """Forward, and backward where the criterion needs it."""
+        args, kwargs = as_call(inputs)
         if not self.needs_gradients:
             with torch.no_grad():
-                _call(model, inputs)
+                model(*args, **kwargs)
             return
         with torch.enable_grad():
-            loss = loss_fn(_call(model, inputs), targets)
+            loss = loss_fn(model(*args, **kwargs), targets)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(f"loss_fn returned {what}; it must return one number, the mean over the batch.")
@@ -280,7 +276,8 @@ class Calibrated(abc.ABC):
         Raises:
             NotCalibratedError, StaleStatisticsError: the statistics do not cover the group.
         """
-        current = read_group(group)
+        known = self._records.get(group_key(group))
+        current = known if known is not None and is_unchanged(known, group) else read_group(group)
         if not current.producers:
             return None
         if self._sums is None:
@@ -293,10 +290,8 @@ class Calibrated(abc.ABC):
             )
         check_widths(record, current)
         self._check_weights(group._DG.model, current)
-        if record.key == group_key(group):
-            positions = torch.tensor(group[0][1], dtype=torch.long)
-        else:
-            positions = _match(record, current)
+        same_root = record.key == group_key(group)
+        positions = index_tensor(group[0][1]) if same_root else _match(record, current)
         if positions.numel() and int(positions.max()) >= record.width:
             raise StaleStatisticsError(
                 f"group {current.key!r} asks for channel {int(positions.max())} of {record.width}: the model has "
@@ -337,6 +332,16 @@ class Calibrated(abc.ABC):
         return {**self.__dict__, "_weights": {}, "_model": None}
 
 
+def _check_same_groups(records: Mapping[str, GroupRecord]) -> None:
+    """Raise ObservationError on every rank unless all of them calibrated the same groups."""
+    everyones = gather({key: record.width for key, record in records.items()})
+    odd = next((rank for rank, widths in enumerate(everyones) if widths != everyones[0]), None)
+    if odd is not None:
+        raise ObservationError(
+            f"rank {odd} calibrated other groups or widths than rank 0. Give every rank the same model and pruner."
+        )
+
+
 def _weights_of(model: nn.Module, records: Iterable[GroupRecord]) -> dict[str, Tensor]:
     names = {layer.name for record in records for layer in record.producers}
     weights = {name: getattr(model.get_submodule(name), "weight", None) for name in names}
@@ -362,7 +367,7 @@ def _match(record: GroupRecord, current: GroupRecord) -> Tensor:
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dependency graph of a bare model, from one sample of its first batch."""
-    args, kwargs = _cut(args, 1), _cut(kwargs, 1)
+    args, kwargs = cut(args, 1), cut(kwargs, 1)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -379,72 +384,6 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             p.requires_grad_(flag)
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
-def _unpack(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, (tuple, list)):
-        if len(batch) == 2:
-            return batch[0], batch[1]
-        if len(batch) == 1:
-            return batch[0], None
-        raise ValueError(
-            f"a batch of {len(batch)} parts is ambiguous: give (inputs, targets), with inputs a tuple if the "
-            "model takes several."
-        )
-    return batch, None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from chain.from_iterable(_tensors(v) for v in value.values())
-    elif isinstance(value, (tuple, list)):
-        yield from chain.from_iterable(_tensors(v) for v in value)
-
-
-def _rows(inputs: Any) -> int:
-    first = next((t for t in _tensors(inputs) if t.dim() > 0), None)
-    if first is None:
-        raise ValueError("the loader's batches hold no input tensor with a batch dimension.")
-    return first.shape[0]
-
-
-def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, Mapping):
-        return {key: _map(v, fn) for key, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(v, fn) for v in value)
-    return value
-
-
-def _cut(value: Any, samples: int) -> Any:
-    return _map(value, lambda t: t[:samples] if t.dim() else t)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return _map(value, lambda t: t.to(device, non_blocking=True))
-
-
-def _with_progress(loader: Iterable[Any], progress: bool, title: str) -> Iterable[Any]:
-    if not progress:
-        return loader
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return loader
-    bar: Iterable[Any] = tqdm(loader, desc=title, unit="batch", leave=False)
-    return bar
-
-
 def _pack_record(record: GroupRecord) -> dict[str, Any]:
     def pack(layers: Iterable[Layer]) -> list[dict[str, Any]]:
         return [{"name": x.name, "index": x.index, "root": x.root, "channels": x.channels} for x in layers]
@@ -455,6 +394,7 @@ def _pack_record(record: GroupRecord) -> dict[str, Any]:
         "producers": pack(record.producers),
         "consumers": pack(record.consumers),
         "problems": list(record.problems),
+        "members": list(record.members),
     }
 
 
@@ -465,4 +405,5 @@ def _unpack_record(packed: Mapping[str, Any]) -> GroupRecord:
         tuple(Layer(**x) for x in packed["producers"]),
         tuple(Layer(**x) for x in packed["consumers"]),
         tuple(packed["problems"]),
+        tuple(packed.get("members", ())),
     )

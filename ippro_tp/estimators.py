@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .flow import Span
 from .groups import CHANNEL_NORMS, GroupRecord, Layer
 from .observer import Pass, Site
 from .projective import pro_excess
@@ -41,12 +43,21 @@ class Wiring:
     norm_of: Mapping[str, str] = field(default_factory=dict)
     seen: frozenset[str] = frozenset()
 
+    @cached_property
+    def _sites_of(self) -> dict[str, list[tuple[Site, Span]]]:
+        found: dict[str, list[tuple[Site, Span]]] = {}
+        for site in self.sites:
+            for span in site.label.spans:
+                found.setdefault(span.layer, []).append((site, span))
+        return found
+
+    def sites_of(self, layer: str) -> Sequence[tuple[Site, Span]]:
+        """Activation calls that follow ``layer``, in order, and where its channels stand in each."""
+        return self._sites_of.get(layer, ())
+
     def site_of(self, layer: str) -> str | None:
         """Name of the activation that follows ``layer``; ``None`` means the identity at its output."""
-        for site in self.sites:
-            if any(span.layer == layer for span in site.label.spans):
-                return site.name
-        return None
+        return next((site.name for site, _ in self.sites_of(layer)), None)
 
 
 class Estimator(Protocol):
@@ -55,12 +66,16 @@ class Estimator(Protocol):
     name: str
     taps_activations: bool
     taps_through_norms: bool
+    taps_inputs: bool
 
     def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
         """Parameters, by name, whose gradients are needed."""
 
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add one pass."""
+
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
+        """Producers whose outputs need not be tapped, as a pass shows."""
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """The producers of a group that carry its score."""
@@ -115,10 +130,11 @@ class ExpectedEstimator:
     name = "expected"
     taps_activations = False
     taps_through_norms = False
+    taps_inputs = False
 
     def __init__(self, power: int, joint: bool, loss_scale: Callable[[int], float]) -> None:
         self._power, self._joint, self._loss_scale = power, joint, loss_scale
-        self._plans: dict[tuple[str, str, torch.device], tuple[Tensor, Tensor] | None] = {}
+        self._plans: dict[tuple[Layer, torch.device], tuple[Tensor, Tensor] | None] = {}
 
     def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
         """None: offsets come from activations' gradients alone."""
@@ -126,7 +142,7 @@ class ExpectedEstimator:
 
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add the sizes of one batch's offsets, ``(width,)`` a group (or a layer)."""
-        device = next(iter(done.outputs.values())).device
+        device = next(iter((*done.outputs.values(), *done.inputs.values()))).device
         sums.add("samples", torch.full((), float(done.batch), dtype=torch.float64, device=device))
         scale = self._loss_scale(done.batch)
         for record in records:
@@ -138,6 +154,10 @@ class ExpectedEstimator:
             elif parts:
                 for layer, part in zip(layers, parts, strict=True):
                     sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
+
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
+        """None: offsets are those at the producers."""
+        return set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """Producers that no channel norm stands for."""
@@ -162,7 +182,7 @@ class ExpectedEstimator:
 
     def _gather(self, record: GroupRecord, layer: Layer, t: Tensor) -> Tensor:
         """``(batch, layer channels)`` -> ``(batch, group width)``."""
-        key = (record.key, layer.name, t.device)
+        key = (layer, t.device)
         if key not in self._plans:
             aligned = layer.aligned and layer.channels == record.width
             self._plans[key] = None if aligned else (layer.index.to(t.device), layer.root.to(t.device))
@@ -184,6 +204,7 @@ class PaperEstimator:
     name = "paper"
     taps_activations = True
     taps_through_norms = True
+    taps_inputs = False
 
     def __init__(self, step_size: float, target: str) -> None:
         self._step_size, self._target = step_size, target
@@ -204,6 +225,10 @@ class PaperEstimator:
         """Add the offsets d of one pass, summed over its samples."""
         for name, t in (*done.outputs.items(), *done.activations.items()):
             sums.add(f"offset/{name}", t.sum(0))
+
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
+        """None: sigma is the identity for all that no activation follows."""
+        return set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """One layer for each filter: the layer itself, or the norm that follows it."""
@@ -243,10 +268,10 @@ class PaperEstimator:
         for name, parameter in _filter_parameters(module).items():
             weight = parameter.detach()
             grad = sums.get(f"grad/{layer.name}.{name}")
-            f = _rows(module, weight).double()
-            g = _rows(module, grad.to(weight.device)).double() if grad is not None else torch.zeros_like(f)
-            triple = torch.stack([f.square().sum(1), (f * g).sum(1), g.square().sum(1)])
-            totals.append(triple)
+            f = _rows(module, weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight)
+            g = _rows(module, grad.to(f)) if grad is not None else torch.zeros_like(f)
+            products = (f.square(), f * g, g.square())
+            totals.append(torch.stack([product.sum(1, dtype=torch.float64) for product in products]))
         total = torch.stack(totals).sum(0)[:, layer.index.to(totals[0].device)]
         return total[0], total[1], total[2]
 
@@ -267,7 +292,7 @@ class PaperEstimator:
         for layer in layers:
             to_group = torch.full((layer.channels,), -1, dtype=torch.long)
             to_group[layer.index] = layer.root
-            names = [s.name for s in wiring.sites if any(x.layer == layer.name for x in s.label.spans)]
+            names = list(dict.fromkeys(site.name for site, _ in wiring.sites_of(layer.name)))
             if not names:
                 part = reduce_layers([self._layer_offset(sums, wiring, layer)], [layer], width, "sum")
                 total = part if total is None else total + part
@@ -288,13 +313,10 @@ def _site_parts(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """``(positions, channels of layer, d of the site)`` of each activation call that follows ``layer``."""
     parts = []
-    for site in wiring.sites:
-        if only is not None and site.name != only:
-            continue
-        for span in site.label.spans:
-            if span.layer == layer:
-                d = sums[f"offset/{site.name}"].double()
-                parts.append((span.positions().to(d.device), span.channels().to(d.device), d))
+    for site, span in wiring.sites_of(layer):
+        if only is None or site.name == only:
+            d = sums[f"offset/{site.name}"].double()
+            parts.append((span.positions().to(d.device), span.channels().to(d.device), d))
     return parts
 
 

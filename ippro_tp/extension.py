@@ -50,12 +50,12 @@ class LiteralExtension(nn.Module):
         return self.D.view(shape) * x - self.D_bar.view(shape) * x + self.sigma(x)
 
 
-def sample_sums(grad: Tensor, value: Tensor, axis: int, batch: int) -> Tensor:
+def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int) -> Tensor:
     """Sum ``grad * value`` over all positions, for each sample and channel.
 
     Args:
         grad: gradient, any floating dtype.
-        value: tensor of the same shape.
+        value: tensor of the same shape; ``None`` for ones.
         axis: the channel axis (not 0).
         batch: number of samples. Dimension 0 may hold several rows a sample, batch-major, as in windowed
             attention; they are summed.
@@ -72,9 +72,10 @@ def sample_sums(grad: Tensor, value: Tensor, axis: int, batch: int) -> Tensor:
                 [4., 4., 4.]])
     """
     if grad.dtype in (torch.float16, torch.bfloat16):
-        grad, value = grad.float(), value.float()
+        grad, value = grad.float(), None if value is None else value.float()
     rest = [i for i in range(1, grad.dim()) if i != axis % grad.dim()]
-    sums = (grad * value).sum(rest) if rest else grad * value
+    product = grad if value is None else grad * value
+    sums = product.sum(rest) if rest else product
     if sums.shape[0] == batch:
         return sums
     if sums.shape[0] % batch:
@@ -95,12 +96,20 @@ class Tap:
         batch: number of samples.
         sink: called once for every backward pass through ``output``.
         name: what to call this place in errors.
+        gradients: send ``(2, batch, channels)``, the sums of g x and those of g.
     """
 
     def __init__(
-        self, value: Tensor, output: Tensor, axis: int, batch: int, sink: Callable[[Tensor], None], name: str
+        self,
+        value: Tensor,
+        output: Tensor,
+        axis: int,
+        batch: int,
+        sink: Callable[[Tensor], None],
+        name: str,
+        gradients: bool = False,
     ) -> None:
-        self.axis, self.batch, self.name = axis, batch, name
+        self.axis, self.batch, self.name, self._gradients = axis, batch, name, gradients
         self._sink = sink
         self._value: Tensor | None = value.detach()
         self._version = value._version
@@ -132,7 +141,10 @@ class Tap:
                 "Python (a scripted or custom op). Run the calibration with its plain PyTorch version."
             )
         with torch.no_grad():
-            self._sink(sample_sums(grad, value, self.axis, self.batch))
+            sums = sample_sums(grad, value, self.axis, self.batch)
+            if self._gradients:
+                sums = torch.stack([sums, sample_sums(grad, None, self.axis, self.batch)])
+            self._sink(sums)
 
 
 class _Root(torch.autograd.Function):

@@ -94,6 +94,7 @@ class ChannelFlow:
 
     def __init__(self) -> None:
         self._labels = WeakTensorKeyDictionary()
+        self.crossed: set[frozenset[str]] = set()  # layers whose channels met along different axes
 
     def __getitem__(self, x: Any) -> Label | None:
         return self._labels.get(x) if isinstance(x, Tensor) else None
@@ -123,8 +124,17 @@ class ChannelFlow:
         elif isinstance(out, Tensor) and out is not None:
             if len(labelled) > 1:
                 same = [lab for t, lab in labelled if t.dim() == out.dim()]
+                # A single channel is never removed: what it is tied to does not matter.
+                self._cross([lab for t, lab in labelled if t.shape == out.shape and t.shape[lab.axis] > 1])
                 label = _union(same or [label])
             self.set(out, _carry(name, x, label, args, kwargs, out))
+
+    def _cross(self, labels: list[Label]) -> None:
+        for one in labels:
+            for other in labels:
+                if one.axis != other.axis:
+                    pairs = ((a.layer, b.layer) for a in one.spans for b in other.spans if a.layer != b.layer)
+                    self.crossed.update(map(frozenset, pairs))
 
     def _concat(self, parts: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         dim = int(kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))) % out.dim()

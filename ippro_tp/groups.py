@@ -19,6 +19,9 @@ from .errors import StaleStatisticsError
 # them away, so the affine parameters after them are the filter. A LayerNorm mixes all channels and is none.
 CHANNEL_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
 NOT_PRODUCERS = (nn.LayerNorm, nn.PReLU)
+# Torch-Pruning prunes their inputs and outputs with one function, as it does for element-wise layers; yet they
+# write channels of their own.
+WRITERS = (*CHANNEL_NORMS, _ConvNd, nn.MultiheadAttention, nn.Embedding)
 
 
 class Graph(Protocol):
@@ -77,6 +80,7 @@ class GroupRecord:
         producers: layers whose output channels belong to the group (Conv, Linear, channel norms, ...).
         consumers: Conv and Linear layers whose input channels belong to it.
         problems: index maps of Torch-Pruning that cannot be right and were left out, in words.
+        members: name of each item's layer in the group's order, ``""`` for operations; empty if not known.
     """
 
     key: str
@@ -84,6 +88,7 @@ class GroupRecord:
     producers: tuple[Layer, ...]
     consumers: tuple[Layer, ...]
     problems: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
 
 
 def group_key(group: Any) -> str:
@@ -91,19 +96,51 @@ def group_key(group: Any) -> str:
     graph: Graph = group._DG
     dep = group[0][0]
     side = "out" if graph.is_out_channel_pruning_fn(dep.handler) else "in"
-    name = graph._module2name.get(dep.target.module, str(dep.target.name))  # an operation has no module name
+    name = graph._module2name.get(dep.target.module)
+    if name is None:  # an operation; its name is costly, for it describes the module
+        name = str(dep.target.name)
     return f"{name}.{side}"
 
 
-def _positions(roots: list[int | None], root_idxs: list[int]) -> tuple[Tensor, Tensor]:
-    """Where each entry of ``roots`` stands in ``root_idxs``: ``(kept entries, positions)``."""
-    root = torch.tensor([-1 if r is None else r for r in roots] if None in roots else roots, dtype=torch.long)
+def index_tensor(idxs: list[int]) -> Tensor:
+    """``idxs`` as int64; most are a run of numbers, which need not be converted one by one.
+
+    Example:
+        >>> index_tensor([3, 4, 5]), index_tensor([2, 6])
+        (tensor([3, 4, 5]), tensor([2, 6]))
+    """
+    if idxs and idxs == list(range(idxs[0], idxs[0] + len(idxs))):
+        return torch.arange(idxs[0], idxs[0] + len(idxs))
+    return torch.tensor(idxs, dtype=torch.long)
+
+
+def _positions(roots: list[int | None], root_idxs: list[int]) -> tuple[Tensor | None, Tensor]:
+    """Where each entry of ``roots`` stands in ``root_idxs``: ``(kept entries or None for all, positions)``."""
+    if roots == root_idxs:
+        return None, torch.arange(len(roots))
+    root = index_tensor([-1 if r is None else r for r in roots])
     lookup = torch.full((max(root_idxs, default=0) + 1,), -1, dtype=torch.long)
-    lookup[torch.tensor(root_idxs, dtype=torch.long)] = torch.arange(len(root_idxs))
+    lookup[index_tensor(root_idxs)] = torch.arange(len(root_idxs))
     inside = (root >= 0) & (root < lookup.numel())
     position = torch.where(inside, lookup[root.clamp(0, lookup.numel() - 1)], -1)
     kept = (position >= 0).nonzero().view(-1)
     return kept, position[kept]
+
+
+def _members(group: Any) -> tuple[str, ...]:
+    names: dict[nn.Module, str] = group._DG._module2name
+    return tuple([names.get(item[0].target.module, "") for item in group])
+
+
+def is_unchanged(record: GroupRecord, group: Any) -> bool:
+    """Whether ``group`` has the root, the layers and the widths of ``record``; its indices are not looked at.
+
+    A partial group may lack some layers, and is then called changed.
+    """
+    if record.key != group_key(group) or record.members != _members(group):
+        return False
+    graph: Graph = group._DG
+    return all(graph.get_out_channels(graph.model.get_submodule(p.name)) == p.channels for p in record.producers)
 
 
 def read_group(group: Any) -> GroupRecord:
@@ -129,9 +166,7 @@ def read_group(group: Any) -> GroupRecord:
         out = graph.is_out_channel_pruning_fn(dep.handler)
         elementwise = out and graph.is_in_channel_pruning_fn(dep.handler)
         produces = (
-            out
-            and not isinstance(module, NOT_PRODUCERS)
-            and (not elementwise or isinstance(module, (*CHANNEL_NORMS, _ConvNd)))
+            out and not isinstance(module, NOT_PRODUCERS) and (not elementwise or isinstance(module, WRITERS))
         )
         consumes = not out and isinstance(module, (_ConvNd, nn.Linear))
         if not produces and not consumes:
@@ -142,7 +177,7 @@ def read_group(group: Any) -> GroupRecord:
             problems.append(f"{name}: index {max(idxs)} of {channels} channels")
             continue
         kept, position = _positions(roots, root_idxs)
-        index = torch.tensor(idxs, dtype=torch.long)[kept]
+        index = index_tensor(idxs) if kept is None else index_tensor(idxs)[kept]
         (producers if produces else consumers).setdefault(name, Layer(name, index, position, channels))
     return GroupRecord(
         group_key(group),
@@ -150,6 +185,7 @@ def read_group(group: Any) -> GroupRecord:
         tuple(producers.values()),
         tuple(consumers.values()),
         tuple(problems),
+        _members(group),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calibration import Calibrated, LossFn
+from .centered import CenteredEstimator
 from .cost import CostFn, group_cost, watch_positions
 from .errors import NEVER_CALLED, NotCalibratedError, ObservationError
 from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
@@ -18,12 +20,14 @@ from .flow import Label, Span
 from .groups import GroupRecord
 from .losses import FisherNoise, cross_entropy
 from .observer import Observer, Pass, Site
+from .processes import reducing
 from .report import GroupReport, Report
 from .statistics import Sums
 
 ESTIMATORS = ("expected", "paper")
 REDUCTIONS = ("joint", "mean", "sum", "max", "prod", "first")
 TARGETS = ("conv", "norm")
+REFERENCES = ("origin", "mean")
 LOSS_REDUCTIONS = ("mean", "sum")
 
 
@@ -34,6 +38,9 @@ class GradientObservation:
         model: the model that is calibrated.
         groups: called with the arguments of the first forward pass; gives the groups.
         estimator: decides what is tapped and what is added up.
+        loss_scale: asked at each forward pass for what the loss will be multiplied by. Batches whose gradients
+            overflow are then left out, as GradScaler does. ``None``: the loss is taken as it is, and overflow is
+            an error.
     """
 
     def __init__(
@@ -41,14 +48,25 @@ class GradientObservation:
         model: nn.Module,
         groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
         estimator: Estimator,
+        loss_scale: Callable[[], float] | None = None,
     ) -> None:
         self.sums = Sums()
         self._model, self._groups, self._estimator = model, groups, estimator
         self._records: Sequence[GroupRecord] = ()
         self.positions: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
+        self._ask_scale, self._scale = loss_scale, 1.0
+        self._grads = Sums()  # of weights, since the last passes were counted
+        self._counted = 0
+        self._kept: Tensor | None = None  # how many of them did not overflow, on the device
         self._observer = Observer(
-            model, self._begin, self._add, estimator.taps_activations, estimator.taps_through_norms
+            model,
+            self._begin,
+            self._add,
+            estimator.taps_activations,
+            estimator.taps_through_norms,
+            self._loss_scale,
+            self._readers,
         )
 
     def __enter__(self) -> GradientObservation:
@@ -75,6 +93,39 @@ class GradientObservation:
                 "no gradient reached the model inside observe(): call loss.backward() for each batch, with a "
                 "loss that depends on the model's output."
             )
+        for record in self._records:
+            names = {producer.name for producer in record.producers}
+            wrong = next((sorted(pair) for pair in self._observer.crossed if pair <= names), None)
+            if wrong is not None:
+                raise ObservationError(
+                    f"Torch-Pruning ties {wrong[0]!r} to {wrong[1]!r} in group {record.key!r}, but the channels "
+                    "of one are positions of the other (it follows no transpose, as in gMLP's gate). Put one of "
+                    "them into the pruner's ignored_layers."
+                )
+        if self._kept is None:
+            return
+        skipped = self._counted - int(self._kept)
+        if skipped == self._counted:
+            raise ObservationError(
+                f"the gradients of all {skipped} batches overflow: lower the loss scale, "
+                "GradScaler(init_scale=...), or use bf16."
+            )
+        if skipped:
+            warnings.warn(
+                f"{skipped} of {self._counted} batches were left out: their gradients overflow at this loss scale",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _readers(self) -> list[str]:
+        if not self._estimator.taps_inputs:
+            return []
+        return list(dict.fromkeys(layer.name for record in self._records for layer in record.consumers))
+
+    def _loss_scale(self) -> float:
+        if self._ask_scale is not None:
+            self._scale = self._ask_scale()
+        return self._scale
 
     @property
     def wiring(self) -> Wiring:
@@ -87,10 +138,16 @@ class GradientObservation:
         names = list(dict.fromkeys(p.name for record in self._records for p in record.producers))
         if not names:
             raise ObservationError(
-                "there is no group to score: every prunable layer is ignored, or the model has none."
+                "there is no group to score: every prunable layer is ignored, or the model has none. "
+                "(Torch-Pruning cannot see through gradient checkpointing with use_reentrant=True.)"
             )
         # Gradients of weights that nobody reads are not computed: only those of activations flow.
         trained = self._estimator.trained_parameters(self._model, self._records)
+        if trained and reducing():  # DDP waits for the gradients of all parameters: these are but some
+            raise ObservationError(
+                "this estimator takes gradients of weights, which DistributedDataParallel would reduce. Call "
+                "ddp.module(x) inside observe(), or put `with ddp.no_sync():` around the loop."
+            )
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
         layers = (layer.name for r in self._records for layer in (*r.producers, *r.consumers))
@@ -105,14 +162,34 @@ class GradientObservation:
     def _take_grad(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self.sums.add(f"grad/{name}", parameter.grad)
+            if self._ask_scale is None:
+                self.sums.add(f"grad/{name}", parameter.grad)
+            else:
+                wide = parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
+                self._grads.add(f"grad/{name}", wide / self._scale)
             parameter.grad = None
 
         return hook
 
-    def _add(self, done: Pass) -> None:
+    def _add(self, passes: list[Pass]) -> None:
+        if not self._observer.untapped:
+            self._observer.untapped = self._estimator.unneeded(self._records, passes[0])
         with torch.no_grad():
-            self._estimator.update(self.sums, self._records, done)
+            if self._ask_scale is None:
+                for done in passes:
+                    self._estimator.update(self.sums, self._records, done)
+                return
+            fresh, self._grads = self._grads, Sums()
+            for done in passes:
+                self._estimator.update(fresh, self._records, done)
+            device = next(iter(fresh.values())).device
+            finite = torch.stack([value.isfinite().all().to(device) for value in fresh.values()]).all()
+            # Nothing waits for the device: an overflowed batch adds zeros.
+            self.sums.merge(
+                {n: torch.where(finite.to(v.device), v, torch.zeros_like(v)) for n, v in fresh.items()}
+            )
+            self._counted += 1
+            self._kept = finite.long() + (0 if self._kept is None else self._kept)
 
 
 class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
@@ -135,12 +212,22 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             -> cost`` (a measured latency, say). ``"auto"``: ``"macs"`` for ``"expected"`` where the pruner that
             was calibrated ranks globally, else ``None``. Within a group it changes nothing.
         cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
-        power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared.
+        power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared. ``None``: 1, and 2 for
+            ``reference="mean"``, which has no other.
+        reference: for ``"expected"``: what offsets are measured from. ``"origin"``: zero, which a removed channel
+            is set to. ``"mean"``: the mean of what is read of the channel (see :mod:`ippro_tp.centered`), for
+            networks that are compensated, or whose BatchNorm is re-estimated or trained, after the cut.
         seed: of the labels that ``calibrate`` draws when no loss is given.
 
     ``observe(target, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
     loss that is summed over the batch: per-sample gradients of ``"expected"`` then need no factor.
     ``"paper"`` takes the gradients as they come, as ``.grad`` would.
+
+    ``observe(target, loss_scale=scaler)``, for a loop with ``scaler.scale(loss).backward()`` under fp16 autocast,
+    takes the scale out again and leaves out batches that overflow; a number does for a scale of your own.
+    Without it, a constant scale s multiplies all scores of ``"expected"`` by s to the power of ``power``, which
+    changes no order, and acts on ``"paper"`` like a larger ``step_size``. Leave ``scaler.step`` out of the loop:
+    there are no gradients for it.
 
     Without ``loss_fn``, ``calibrate`` differentiates :class:`~ippro_tp.FisherNoise` for ``"expected"`` (no labels
     are needed) and the cross-entropy with the labels for ``"paper"``.
@@ -168,23 +255,32 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         group_reduction: str = "joint",
         normalizer: str | Callable[[Tensor], Tensor] | None = None,
         target: str = "conv",
-        power: int = 1,
+        power: int | None = None,
         cost: str | CostFn | None = "auto",
         cost_exponent: float | None = None,
         seed: int = 0,
+        reference: str = "origin",
     ) -> None:
         super().__init__()
+        power = power if power is not None else 2 if reference == "mean" else 1
         for name, value, known in (
             ("estimator", estimator, ESTIMATORS),
             ("group_reduction", group_reduction, REDUCTIONS),
             ("target", target, TARGETS),
             ("power", power, (1, 2)),
+            ("reference", reference, REFERENCES),
             ("cost", cost if not callable(cost) else None, ("auto", "macs", "params", None)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
         if not step_size >= 0:
             raise ValueError(f"step_size={step_size!r}; it must not be negative")
+        if reference == "mean" and (estimator, group_reduction, power) != ("expected", "joint", 2):
+            raise ValueError(
+                'reference="mean" goes with estimator="expected", group_reduction="joint" and power=2: the mean '
+                "is known after the last batch only, and squares alone can be put right then"
+            )
+        self.reference = reference
         self.estimator, self.step_size, self.target = estimator, float(step_size), target
         self.group_reduction, self.normalizer = group_reduction, normalizer
         self.power, self.seed = power, seed
@@ -290,6 +386,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         def scale(batch: int) -> float:
             return float(batch) if loss_reduction == "mean" else 1.0
 
+        if self.reference == "mean":
+            return CenteredEstimator(scale)
         return ExpectedEstimator(self.power, self.group_reduction == "joint", scale)
 
     def _observation(
@@ -297,11 +395,14 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         model: nn.Module,
         groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
         loss_reduction: str = "mean",
+        loss_scale: Any = None,
         **options: Any,
     ) -> GradientObservation:
         if options:
-            raise TypeError(f"unknown option {next(iter(options))!r}; observe() takes loss_reduction='mean'|'sum'")
-        return GradientObservation(model, groups, self._make_estimator(loss_reduction))
+            raise TypeError(
+                f"unknown option {next(iter(options))!r}; observe() takes loss_reduction and loss_scale"
+            )
+        return GradientObservation(model, groups, self._make_estimator(loss_reduction), _scale_of(loss_scale))
 
     def _commit(self, observation: GradientObservation) -> None:
         self._wiring = observation.wiring
@@ -315,6 +416,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         settings = {"class": type(self).__name__, "estimator": self.estimator}
         if self.estimator == "paper":
             return {**settings, "target": self.target}
+        settings = {**settings, "reference": self.reference} if self.reference != "origin" else settings
         return {**settings, "power": self.power, "joint": self.group_reduction == "joint"}
 
     def _extra_state(self) -> dict[str, Any]:
@@ -336,3 +438,14 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         )
         self._positions, self._costs = dict(extra["positions"]), None
         self._wiring = Wiring(sites, dict(extra["norm_of"]), frozenset(extra["seen"]))
+
+
+def _scale_of(loss_scale: Any) -> Callable[[], float] | None:
+    """How to ask for the present scale of the loss: of a number, a GradScaler, or nothing."""
+    if loss_scale is None:
+        return None
+    if callable(getattr(loss_scale, "get_scale", None)):
+        return lambda: float(loss_scale.get_scale())
+    if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
+        raise ValueError(f"loss_scale={loss_scale!r}; give a positive number or a torch.amp.GradScaler")
+    return lambda: float(loss_scale)

@@ -45,16 +45,24 @@ class Pass:
 
     Attributes:
         batch: number of samples.
+        loss_scale: what the loss is multiplied by before the backward pass; sums are divided by it.
         outputs: per producer, ``(batch, channels)`` sums of g*y at its output.
         activations: per site name, ``(batch, size of the channel axis)`` sums of g*x at the activation.
+        inputs: per reader, ``(2, batch, channels)`` sums of g*x and of g at its input.
+        reads: per reader, sum of its input x for each channel, and the number of values that were summed.
+        read_layers: per reader, the layers whose channels its input carries.
         sites: the activation calls in order.
         norm_of: producer -> channel norm that its output runs into before the next layer.
         closed: already counted.
     """
 
     batch: int
+    loss_scale: float = 1.0
     outputs: dict[str, Tensor] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    reads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    read_layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     norm_of: dict[str, str] = field(default_factory=dict)
     closed: bool = False
@@ -108,23 +116,28 @@ class Observer(TorchFunctionMode):
         producers: ``(args, kwargs) -> names`` of the modules whose outputs are tapped; called once, with the
             arguments of the first forward pass.
         activations: tap activation calls as well (the extension layer of the paper).
+        readers: names of modules whose inputs are tapped, asked for after ``producers``.
         through_norms: keep the tap at a layer although a channel norm follows it.
-        on_pass: receives each pass once all its backward passes are through.
+        on_passes: receives the passes whose backward passes are through, one or more at a time.
+        loss_scale: asked at the start of each forward pass.
     """
 
     def __init__(
         self,
         model: nn.Module,
         producers: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[str]],
-        on_pass: Callable[[Pass], None],
+        on_passes: Callable[[list[Pass]], None],
         activations: bool = False,
         through_norms: bool = False,
+        loss_scale: Callable[[], float] = lambda: 1.0,
+        readers: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         super().__init__()
+        self._find_readers = readers
         self._model = model
         self._find_producers = producers
         self._watching: bool | None = None  # None: not yet; False: looking for the producers
-        self._on_pass = on_pass
+        self._on_passes, self._loss_scale = on_passes, loss_scale
         self._tap_activations = activations
         self._through_norms = through_norms
         self._handles: list[RemovableHandle] = []
@@ -139,6 +152,8 @@ class Observer(TorchFunctionMode):
         self.sites: tuple[Site, ...] = ()
         self.norm_of: dict[str, str] = {}
         self.seen: set[str] = set()
+        self.crossed: set[frozenset[str]] = set()
+        self.untapped: set[str] = set()  # producers whose sums nobody needs, once that is known
         self.passes = 0
 
     # -- context ---------------------------------------------------------------------------------------------
@@ -159,6 +174,12 @@ class Observer(TorchFunctionMode):
                 modules[name].register_forward_pre_hook(self._enter_layer(name, modules[name])),
                 modules[name].register_forward_hook(self._leave_layer(name)),
             ]
+        readers = set(self._find_readers())
+        if readers:  # what depthwise convolutions read is asked for as well
+            depthwise = {name for name, module in modules.items() if _is_depthwise(module)}
+            for name in sorted(readers | depthwise):
+                tap = name in readers
+                self._handles.append(modules[name].register_forward_pre_hook(self._enter_reader(name, tap)))
         self._watching = True
 
     def __exit__(self, *exc: Any) -> None:
@@ -175,10 +196,11 @@ class Observer(TorchFunctionMode):
 
     def flush(self) -> None:
         """Hand over every pass that has received gradients. Called between forward passes and at the end."""
-        for done in self._dirty:
-            done.closed = True
-            self._on_pass(done)
-        self._dirty = []
+        done, self._dirty = self._dirty, []
+        for each in done:
+            each.closed = True
+        if done:
+            self._on_passes(done)
 
     # -- forward ---------------------------------------------------------------------------------------------
 
@@ -199,7 +221,7 @@ class Observer(TorchFunctionMode):
         batch = samples_of_call(args, kwargs)
         if self._watching is None:
             self._watch(args, kwargs)
-        self._pass = Pass(batch)
+        self._pass = Pass(batch, self._loss_scale())
         self._flow = ChannelFlow()
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -212,6 +234,7 @@ class Observer(TorchFunctionMode):
             self.sites, self.norm_of = tuple(current.sites), dict(current.norm_of)
         elif self._signature != current.signature:
             raise ObservationError(_difference(self.sites, tuple(current.sites)))
+        self.crossed |= self._flow.crossed
         self.passes += 1
 
     def _end_forward(self) -> None:
@@ -230,8 +253,41 @@ class Observer(TorchFunctionMode):
 
         return hook
 
+    def _enter_reader(self, name: str, tap: bool) -> Callable[..., Any]:
+        """Note whose channels a layer reads and, to tap it, give it a branch of its own of its input."""
+
+        def hook(module: nn.Module, args: Any) -> Any:
+            x = args[0] if args else None
+            if not isinstance(x, Tensor) or not x.is_floating_point() or not torch.is_grad_enabled():
+                return None
+            if self._pass is None:  # gradient checkpointing runs the layer again
+                return (require_grad(x).view_as(x), *args[1:]) if tap and self._watching else None
+            label = self._flow[x]
+            if label is not None:
+                layers = dict.fromkeys(span.layer for span in label.spans)
+                self._pass.read_layers[name] = (*self._pass.read_layers.get(name, ()), *layers)
+            if not tap:
+                return None
+            branch = require_grad(x).view_as(x)
+            self._flow.set(branch, label)
+            axis = _channel_axis(module, branch)
+            rest = [i for i in range(branch.dim()) if i != axis]
+            total = branch.detach().sum(rest, dtype=torch.promote_types(branch.dtype, torch.float32))
+            total = total.double() if x.device.type != "mps" else total
+            rows = torch.full_like(total[0], branch.numel() // branch.shape[axis])
+            before = self._pass.reads.get(name)
+            self._pass.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
+            sink = self._sink(self._pass.inputs, name, self._pass)
+            self._register(Tap(branch, branch, axis, self._pass.batch, sink, name, gradients=True))
+            return (branch, *args[1:])
+
+        return hook
+
     def _leave_layer(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._pass is None and self._watching and torch.is_grad_enabled():
+                # Gradient checkpointing runs the layer again in the backward pass, and has to find the same graph.
+                return _replace_first(output, require_grad)
             if self._pass is None or not self._norms:
                 return None
             pending = self._norms.pop()
@@ -328,6 +384,8 @@ class Observer(TorchFunctionMode):
         assert self._pass is not None
         self.seen.add(name)
         self._open.add(name)
+        if name in self.untapped:
+            return
         tap = Tap(y, y, axis, self._pass.batch, self._sink(self._pass.outputs, name, self._pass), name)
         self._taps.setdefault(name, []).append(tap)
         self._register(tap)
@@ -353,9 +411,24 @@ class Observer(TorchFunctionMode):
                 )
             if not any(owner is dirty for dirty in self._dirty):
                 self._dirty.append(owner)
+            sums = sums if owner.loss_scale == 1 else sums / owner.loss_scale
             store[name] = store[name] + sums if name in store else sums
 
         return sink
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return module.groups == module.in_channels == module.out_channels
+
+
+def _replace_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``output`` with its (first) tensor changed, where that can require grad."""
+    first = output[0] if isinstance(output, tuple) else output
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return output
+    return (change(first), *output[1:]) if isinstance(output, tuple) else change(first)
 
 
 def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

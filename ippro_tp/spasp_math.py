@@ -340,7 +340,8 @@ def cut_scores(response: Response, size: int, iterations: int) -> Tensor:
 def vote_scores(response: Response, iterations: int) -> Tensor:
     """``(U,)`` float64 scores in [0, 1): the share of all target sizes whose S holds the unit.
 
-    For targets of half the units and more S is the top of the activations, exactly as the cut of these scores.
+    For targets of half the units and more S is the top of the activations. The cut of these scores is near it, but
+    a unit that many small targets hold can stand before one of larger activation.
     """
     units = response.activation.numel()
     ranks = ascending_ranks(response.activation)

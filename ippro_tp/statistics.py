@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .processes import gather, several
+
 
 class Sums(Mapping[str, Tensor]):
     """Named running sums, kept on the device they are made on, in float32 or wider.
@@ -52,26 +54,39 @@ class Sums(Mapping[str, Tensor]):
     def all_reduce(self) -> None:
         """Add up over all processes of ``torch.distributed``, once; afterwards every rank holds the same sums.
 
+        A sum that some ranks do not hold counts as zero there.
+
         Raises:
-            RuntimeError: the ranks hold different names or shapes, that is, they observed different models.
+            RuntimeError: a sum has different shapes or dtypes on different ranks: they observed different models.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not several():
             return
-        layout = [(name, tuple(value.shape), str(value.dtype)) for name, value in self._values.items()]
-        layouts: list[object] = [None] * dist.get_world_size()
-        dist.all_gather_object(layouts, layout)
-        if any(other != layout for other in layouts):
-            raise RuntimeError(
-                "the processes gathered different statistics. Calibrate the same model with at least one batch "
-                "on every rank."
-            )
-        for dtype in sorted({value.dtype for value in self._values.values()}, key=str):
-            names = [name for name, value in self._values.items() if value.dtype == dtype]
-            flat = torch.cat([self._values[name].reshape(-1) for name in names])
+        forms: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        for theirs in gather({name: (value.shape, value.dtype) for name, value in self._values.items()}):
+            for name, form in theirs.items():
+                if forms.setdefault(name, form) != form:
+                    raise RuntimeError(
+                        f"the processes gathered different statistics: {name!r} is {_form(forms[name])} on one "
+                        f"and {_form(form)} on another. Calibrate the same model on every rank."
+                    )
+        device = next((value.device for value in self._values.values()), torch.device("cpu"))
+        for dtype in sorted({dtype for _, dtype in forms.values()}, key=str):
+            names = sorted(name for name, form in forms.items() if form[1] == dtype)
+            parts = [
+                self._values[name]
+                if name in self._values
+                else torch.zeros(forms[name][0], dtype=dtype, device=device)
+                for name in names
+            ]
+            flat = torch.cat([part.reshape(-1).to(device) for part in parts])
             dist.all_reduce(flat)
-            for name, part in zip(names, torch.split(flat, [self._values[n].numel() for n in names]), strict=True):
-                self._values[name] = part.view(self._values[name].shape)
+            for name, part, total in zip(names, parts, flat.split([p.numel() for p in parts]), strict=True):
+                self._values[name] = total.view(part.shape).to(part.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the sums on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._values.items()}
+
+
+def _form(form: tuple[torch.Size, torch.dtype]) -> str:
+    return f"{tuple(form[0])} {str(form[1]).removeprefix('torch.')}"

@@ -419,3 +419,49 @@ def test_observation_errors_share_a_base_class():
     assert issubclass(ObservationError, IPPROError)
     assert issubclass(StaleStatisticsError, IPPROError)
     assert issubclass(NotCalibratedError, IPPROError)
+
+
+def test_full_groups_are_not_read_again(monkeypatch):
+    model, pruner = _pruner_for_rereads()
+    imp = PROImportance().calibrate(pruner, [torch.randn(4, 3, 8, 8)], progress=False)
+    groups = list(groups_of(pruner))
+    expected = [imp(group) for group in groups]
+    partial = pruner.DG.get_pruning_group(model[0], tp.prune_conv_out_channels, idxs=[6, 1])
+    few = imp(partial)
+
+    def fail(group):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr("ippro_tp.calibration.read_group", fail)
+    again = [imp(group) for group in groups]
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    full = next(scores for scores in expected if len(scores) == 8)
+    assert torch.equal(few, full[[6, 1]])
+
+
+def test_a_group_of_other_layers_is_read_and_refused():
+    model, pruner = _pruner_for_rereads()
+    imp = PROImportance().calibrate(pruner, [torch.randn(4, 3, 8, 8)], progress=False)
+    grown = torch.nn.Sequential(model[0], torch.nn.BatchNorm2d(8), model[2], model[3], model[4], model[5]).eval()
+    other = tp.pruner.BasePruner(
+        grown, torch.randn(1, 3, 8, 8), importance=imp, pruning_ratio=0.5, ignored_layers=[model[5]]
+    )
+    groups = list(groups_of(other))
+    with pytest.raises(StaleStatisticsError, match="which was not in it"):
+        list(map(imp, groups))
+
+
+def _pruner_for_rereads():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 4, 3),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 5),
+    ).eval()
+    pruner = tp.pruner.BasePruner(
+        model, torch.randn(1, 3, 8, 8), importance=None, pruning_ratio=0.5, ignored_layers=[model[5]]
+    )
+    return model, pruner

@@ -8,7 +8,7 @@ from benchmarks.models.small_resnet import SmallResNet
 from benchmarks.tasks.base import Task, TensorImages
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")  # fixtures of modules are to have it too
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -50,6 +50,28 @@ def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
     assert (out / "accuracy_digits_resnet14.png").stat().st_size > 10_000
 
 
+def test_the_schedule_is_an_axis(quick_digits, tmp_path):
+    axes = [
+        "--scopes",
+        "local",
+        "--criteria",
+        "ispasp",
+        "--schedule",
+        "once",
+        "front",
+        "--compensate",
+        "none",
+        "fold",
+    ]
+    assert main([*quick_digits, *axes]) == 0
+    cells = read_cells(tmp_path / "out")
+    arms = ["ispasp", "ispasp + compensation", "ispasp + compensation, front to back", "ispasp, front to back"]
+    assert sorted(cells.arm) == [*arms, "unpruned"]
+    assert (cells.status == "ok").all()
+    assert cells.hit.all()
+    assert cells[cells.arm != "unpruned"].macs_fraction.nunique() == 1
+
+
 def test_digits_ranks_globally_with_and_without_the_cost():
     cells = compare._grid(compare.CompareConfig(), ("l1",))
     assert {cell.cost for cell in cells if cell.scope == "global"} == {"none", "macs"}

@@ -1,0 +1,214 @@
+"""Flags of ``prune``, what is wrong with them, and which of them decide the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from benchmarks.cells import as_dict
+from benchmarks.criteria import find_criterion
+from benchmarks.errors import UsageError
+from benchmarks.pipeline.recipe import Recipe
+
+NEUTRAL = (
+    "out", "dry_run", "workers", "checkpoint_every", "check_images", "export_onnx", "config", "data_dir",
+    "checkpoint",
+)  # fmt: skip
+"""Flags that do not change the network that comes out; weights and images are compared themselves."""
+
+
+@dataclass(frozen=True)
+class PruneRunConfig:
+    """Prune a network to a target, fine-tune it, save it with a report. Killed, the same command goes on."""
+
+    config: Path | None = None
+    """Take flags from this YAML file (see benchmarks/configs); those on the command line win."""
+    model: str = ""
+    """Name of the network in its library."""
+    library: Literal["timm", "torchvision", "cifar"] = "timm"
+    """cifar: the networks for 32x32 images in benchmarks/models (resnet20, resnet56, vgg19, ...)."""
+    pretrained: bool = False
+    """Start from the library's own weights (downloaded)."""
+    checkpoint: Path | None = None
+    """Start from these weights: .safetensors, or a PyTorch state dict."""
+    train_epochs: int = 0
+    """First train the unpruned network for so many epochs by the same recipe."""
+    data_dir: Path | None = None
+    """Folder with train/ and val/ (or test/), each with a folder of images per class; for --task segmentation,
+    each with images/ and masks/."""
+    task: Literal["classification", "segmentation"] = "classification"
+    """segmentation: masks of class numbers; mean intersection over union instead of accuracy."""
+    ignore_index: int = 255
+    """Number in masks that stands for no class."""
+    macs: float | None = None
+    """Target: remaining MACs as a fraction of the unpruned network's."""
+    params: float | None = None
+    """Target: remaining parameters as a fraction."""
+    pruning_ratio: float | None = None
+    """Instead of a target: the fraction of channels to remove."""
+    layer_ratios: tuple[str, ...] = ()
+    """With --pruning-ratio: other ratios of some layers, as PATTERN=RATIO; the first regular expression found in
+    the name of a layer of a group decides."""
+    round_to: int = 0
+    """Widths are multiples of this; 0 for any."""
+    max_pruning_ratio: float = 0.9
+    """Largest ratio per layer."""
+    importance: str = "pro-mean"
+    """Any criterion of ``compare``: pro, l1, l2, taylor, ...; pro-mean is PRO for compensated networks."""
+    cost: Literal["auto", "none", "macs", "params"] = "auto"
+    """Divide scores by what a channel costs, in the global scope; auto: for PRO, in the unit of the target."""
+    scope: Literal["global", "local"] = "global"
+    """global: one ranking over all layers; local: the same ratio in each layer."""
+    steps: int = 1
+    """Prune in so many steps, calibrating anew before each."""
+    compensate: bool = True
+    """Refit each layer of the pruned network to what it gave before."""
+    bn_reestimate: Literal["auto", "always", "never"] = "auto"
+    """Re-estimate BatchNorm statistics after pruning; auto: without compensation, which sets the means itself."""
+    calibration_images: int = 256
+    """Training images for scores, compensation and BatchNorm."""
+    finetune_epochs: int = 0
+    """Epochs of fine-tuning after pruning."""
+    lr: float = 0.01
+    """Largest learning rate."""
+    train_lr: float | None = None
+    """Largest learning rate of --train-epochs; by default that of the fine-tuning."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd has Nesterov momentum 0.9."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    norm_weight_decay: float | None = None
+    """Weight decay of normalisation layers, if another."""
+    norm_momentum: float | None = None
+    """Momentum of normalisation layers, if another (sgd only)."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: to zero over the run; step: divided by ten every --lr-step epochs."""
+    lr_step: int = 40
+    """Epochs between the steps of --schedule step."""
+    amp: bool = False
+    """Train in mixed precision (bfloat16 where there is, else float16 with loss scaling)."""
+    distill: bool = False
+    """Learn from the unpruned network too: half of the loss is the divergence from its softened prediction."""
+    augmentation: Literal["auto", "crop", "shift", "flip", "none"] = "auto"
+    """crop: random resized crop and mirror; shift: by up to an eighth, and mirror (cifar's default)."""
+    seed: int = 0
+    """Of everything random."""
+    batch_size: int = 64
+    """Images per step."""
+    img_size: int | None = None
+    """Size of the images; by default the network's own."""
+    train_images: int = 0
+    """Use a fixed random part of the training images; 0 for all."""
+    val_images: int = 0
+    """Use a fixed random part of the validation images; 0 for all."""
+    workers: int = 2
+    """Processes that decode images; 0 for none."""
+    check_images: bool = True
+    """Decode all images once before anything else."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints within an epoch; 0 for one per epoch."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    out: Path = Path("runs/prune")
+    """Folder of the result."""
+    export_onnx: bool = False
+    """Also write model.onnx, checked with onnxruntime (pip install ippro-tp[onnx])."""
+    dry_run: bool = False
+    """Only print what would be pruned; write nothing."""
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """``macs``, ``params`` or ``ratio``, and its value."""
+        named = {"macs": self.macs, "params": self.params, "ratio": self.pruning_ratio}
+        return next((unit, value) for unit, value in named.items() if value is not None)
+
+    @property
+    def cost_unit(self) -> str:
+        """The unit that scores are divided by: ``none``, ``macs`` or ``params``."""
+        if self.scope == "local" or (self.cost == "auto" and self.importance not in ("pro", "pro-mean")):
+            return "none"
+        return self.cost if self.cost != "auto" else "params" if self.params is not None else "macs"
+
+    def torch_device(self) -> torch.device:
+        """The device that ``device`` means."""
+        name = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+    def recipe(self, epochs: int, lr: float) -> Recipe:
+        """How to train for ``epochs``."""
+        return Recipe(
+            epochs=epochs,
+            learning_rate=lr,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            norm_weight_decay=self.norm_weight_decay,
+            norm_momentum=self.norm_momentum,
+            schedule=self.schedule,
+            step_epochs=self.lr_step,
+            amp=self.amp,
+            seed=self.seed,
+        )
+
+
+def check(config: PruneRunConfig) -> None:
+    """Raise UsageError for flags that cannot mean anything."""
+    targets = {"--macs": config.macs, "--params": config.params, "--pruning-ratio": config.pruning_ratio}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise UsageError(f"give exactly one of {', '.join(targets)}; got {', '.join(given) or 'none'}")
+    ((name, value),) = given.items()
+    if not 0 < value < 1:
+        raise UsageError(f"{name} is a fraction between 0 and 1; got {value:g}")
+    if not config.model:
+        raise UsageError("name the network with --model, for example --library timm --model resnet18")
+    if config.data_dir is None:
+        raise UsageError("give the folder of the images with --data-dir")
+    if config.pretrained and config.checkpoint is not None:
+        raise UsageError("--pretrained and --checkpoint both name weights; give one of them")
+    if not config.pretrained and config.checkpoint is None and config.train_epochs == 0 and not config.dry_run:
+        raise UsageError(
+            "an untrained network is not worth pruning; give --pretrained, --checkpoint or --train-epochs"
+        )
+    if config.layer_ratios and config.pruning_ratio is None:
+        raise UsageError("--layer-ratios go with --pruning-ratio; a target in MACs or parameters leaves no choice")
+    for flag in ("steps", "batch_size", "calibration_images", "lr_step"):
+        if getattr(config, flag) < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1; got {getattr(config, flag)}")
+    for flag in ("finetune_epochs", "train_epochs", "round_to", "workers", "train_images", "val_images"):
+        if getattr(config, flag) < 0:
+            raise UsageError(f"--{flag.replace('_', '-')} must not be negative; got {getattr(config, flag)}")
+    if not 0 < config.max_pruning_ratio <= 1:
+        raise UsageError(f"--max-pruning-ratio must be between 0 and 1; got {config.max_pruning_ratio:g}")
+    if config.lr <= 0 or (config.train_lr is not None and config.train_lr <= 0):
+        raise UsageError("learning rates must be positive")
+    criterion = find_criterion(config.importance)
+    if config.task == "segmentation" and criterion.data == "backward" and not config.importance.startswith("pro"):
+        raise UsageError(f"--importance {config.importance} needs labels of whole images; not for segmentation")
+    layer_ratios(config)
+
+
+def layer_ratios(config: PruneRunConfig) -> dict[str, float]:
+    """Return ``--layer-ratios`` as a dict from pattern to ratio, in the order given."""
+    result = {}
+    for entry in config.layer_ratios:
+        pattern, _, value = entry.rpartition("=")
+        try:
+            ratio = float(value)
+        except ValueError:
+            ratio = -1.0
+        if not pattern or not 0 <= ratio < 1:
+            raise UsageError(f"--layer-ratios {entry!r}: write PATTERN=RATIO with a ratio from 0 to below 1")
+        result[pattern] = ratio
+    return result
+
+
+def identity(config: PruneRunConfig, weights: str, images: dict[str, int]) -> dict:
+    """Return everything that decides the result, JSON-ready: two runs with equal identities may share a folder."""
+    fields = {key: value for key, value in as_dict(config).items() if key not in NEUTRAL}
+    return fields | {"device": config.torch_device().type, "weights": weights, "images": images}

@@ -1,0 +1,179 @@
+"""Figures of one run, drawn from its records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+BEFORE, AFTER, REMOVED = "#C9CED6", "#0072B2", "#D55E00"
+PHASES = {"unpruned": "unpruned", "pruned": "pruned", "bn": "BN re-estimated", "finetuned": "fine-tuned"}
+MOST_ROWS = 80
+"""Rows of a figure; of more, evenly spread ones are shown."""
+
+
+def draw_all(folder: Path, result: dict) -> list[Path]:
+    """Draw the figures of a run; return their files.
+
+    Args:
+        folder: Where they go.
+        result: ``results.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "summary.png", folder / "widths.png", folder / "scores.png"]
+    for draw, path in zip((_summary, _widths, _scores), paths, strict=True):
+        figure = draw(result)
+        partial = path.with_suffix(".tmp")
+        figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
+        plt.close(figure)
+        partial.replace(path)
+    if result.get("history"):
+        path = folder / "training.png"
+        figure = _training(result["history"])
+        partial = path.with_suffix(".tmp")
+        figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
+        plt.close(figure)
+        partial.replace(path)
+        paths.append(path)
+    return paths
+
+
+def _plain(axis, grid: str = "y") -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis=grid, alpha=0.25)
+    axis.set_axisbelow(True)
+
+
+def _summary(result: dict):
+    """Quality after each phase, and what is left of MACs, parameters and latency."""
+    phases = [p for p in PHASES if p in result["quality"]]
+    values = [100 * result["quality"][p] for p in phases]
+    plan = result["plan"]
+    sizes = {"MACs": plan["macs_fraction"], "parameters": plan["params_fraction"]}
+    times = [result["latency"][k]["median_seconds"] for k in ("unpruned", "pruned")]
+    sizes["latency"] = times[1] / times[0]
+    captions = [
+        f"{plan['macs_before'] / 1e6:,.1f} → {plan['macs'] / 1e6:,.1f} M",
+        f"{plan['params_before'] / 1e6:,.2f} → {plan['params'] / 1e6:,.2f} M",
+        f"{1e3 * times[0]:,.1f} → {1e3 * times[1]:,.1f} ms",
+    ]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(max(len(phases), 3), 3))
+    colours = [BEFORE, REMOVED, "#E69F00", AFTER]
+    shown = [colours[list(PHASES).index(p)] for p in phases]
+    bars = left.bar([PHASES[p] for p in phases], values, color=shown, width=0.62)
+    left.bar_label(bars, fmt="%.1f", padding=2)
+    left.set_ylabel(f"{result['metric']} (%)")
+    left.set_ylim(0, max(*values, 1) * 1.15)
+    left.set_yticks([t for t in left.get_yticks() if t <= 100])
+    left.set_title("Quality, phase by phase", loc="left")
+    _plain(left)
+    bars = right.barh(list(sizes), list(sizes.values()), color=AFTER, height=0.55)
+    right.barh(list(sizes), [max(1 - v, 0) for v in sizes.values()], left=list(sizes.values()), color=BEFORE,
+               height=0.55)  # fmt: skip
+    for bar, value, caption in zip(bars, sizes.values(), captions, strict=True):
+        middle = bar.get_y() + bar.get_height() / 2
+        inside = value > 0.15
+        right.text(value - 0.015 if inside else value + 0.015, middle, f"{value:.0%}", va="center",
+                   ha="right" if inside else "left", color="white" if inside else "black")  # fmt: skip
+        right.text(0, bar.get_y() - 0.06, caption, va="bottom", fontsize=9, color="0.3")
+    right.set_xlim(0, max(1.0, *sizes.values()))
+    right.set_ylim(len(sizes) - 0.55, -0.75)
+    right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.set_title("What is left", loc="left")
+    right.spines[["top", "right", "left"]].set_visible(False)
+    right.tick_params(axis="y", length=0)
+    figure.suptitle(result["title"], x=0.01, ha="left", fontsize=13)
+    figure.tight_layout()
+    return figure
+
+
+def _rows(names: list[str]) -> list[int]:
+    count = len(names)
+    return (
+        list(range(count))
+        if count <= MOST_ROWS
+        else np.linspace(0, count - 1, MOST_ROWS).round().astype(int).tolist()
+    )
+
+
+def _widths(result: dict):
+    """Outputs of every layer before and after."""
+    before, after = result["plan"]["widths_before"], result["plan"]["widths"]
+    names = list(before)
+    shown = _rows(names)
+    figure, axis = plt.subplots(figsize=(9, 0.19 * len(shown) + 1.4))
+    place = np.arange(len(shown))
+    old, new = (np.array([w[names[i]] for i in shown]) for w in (before, after))
+    axis.barh(place, old, color=BEFORE, height=0.78, label="unpruned")
+    axis.barh(place, new, color=AFTER, height=0.78, label="pruned")
+    for y, (a, b) in enumerate(zip(old, new, strict=True)):
+        text = f"{b}" if a == b else f"{b} of {a}"
+        axis.text(a + 0.008 * old.max(), y, text, va="center", fontsize=7, color="0.35")
+    axis.set_yticks(place, [names[i] for i in shown], fontsize=7)
+    axis.set_ylim(len(shown) - 0.4, -0.6)
+    axis.set_xlim(0, old.max() * 1.1)
+    axis.set_xlabel("output channels")
+    axis.set_title(f"Widths: {result['title']}", loc="left", fontsize=11)
+    axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=2, frameon=False, fontsize=9)
+    _plain(axis, "x")
+    figure.tight_layout()
+    return figure
+
+
+def _scores(result: dict):
+    """Scores of all channels, a row per group, kept and removed ones apart; of the last step."""
+    groups = [g for g in result["plan"]["steps"][-1]["groups"] if g["scores"]]
+    shown = [groups[i] for i in _rows([g["root"] for g in groups])]
+    figure, axis = plt.subplots(figsize=(9, 0.22 * len(shown) + 1.5))
+    everything = np.concatenate([np.asarray(g["scores"], float) for g in shown])
+    positive = everything[everything > 0]
+    logarithmic = positive.size > 0 and everything.min() >= 0 and positive.max() > 4 * np.median(positive)
+    # Dead channels score (nearly) nothing; they stand at the left edge, not decades away from all others.
+    floor = positive[positive > 1e-5 * np.median(positive)].min() / 2 if logarithmic else None
+    jitter = np.random.default_rng(0)
+    for y, group in enumerate(shown):
+        values = np.asarray(group["scores"], float)
+        if floor is not None:
+            values = np.maximum(values, floor)
+        gone = np.zeros(len(values), bool)
+        gone[group["removed"]] = True
+        height = y + jitter.uniform(-0.28, 0.28, len(values))
+        axis.scatter(values[~gone], height[~gone], s=7, color=AFTER, alpha=0.5, linewidths=0)
+        axis.scatter(values[gone], height[gone], s=7, color=REMOVED, alpha=0.5, linewidths=0)
+    if logarithmic:
+        axis.set_xscale("log")
+    axis.scatter([], [], s=25, color=AFTER, label="kept")
+    axis.scatter([], [], s=25, color=REMOVED, label="removed")
+    labels = [f"{g['root']}  ({len(g['scores']) - len(g['removed'])}/{len(g['scores'])})" for g in shown]
+    axis.set_yticks(range(len(shown)), labels, fontsize=7)
+    axis.set_ylim(len(shown) - 0.3, -0.7)
+    edge = "; dead channels at the left edge" if floor is not None and everything.min() < floor else ""
+    axis.set_xlabel(f"score of a channel ({result['importance']}){edge}")
+    title = "Scores" if len(result["plan"]["steps"]) == 1 else "Scores of the last step"
+    axis.set_title(f"{title}: {result['title']}", loc="left", fontsize=11)
+    axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=2, frameon=False, fontsize=9)
+    _plain(axis, "x")
+    figure.tight_layout()
+    return figure
+
+
+def _training(history: dict[str, list[float]]):
+    """Mean training loss per epoch."""
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    for name, colour in (("trained", "0.5"), ("finetuned", AFTER)):
+        if name in history:
+            label = {"trained": "unpruned network", "finetuned": "fine-tuning"}[name]
+            axis.plot(range(1, len(history[name]) + 1), history[name], marker="o", color=colour, label=label)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("training loss")
+    axis.set_ylim(bottom=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False)
+    _plain(axis)
+    figure.tight_layout()
+    return figure

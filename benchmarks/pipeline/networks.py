@@ -1,0 +1,213 @@
+"""Networks by library and name, with what the rest has to know of them: classifier, input size, how to rebuild."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from benchmarks.errors import UsageError
+from benchmarks.models.checkpoints import load_checkpoint, read_state_dict
+from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
+from benchmarks.models.cifar_vgg import LAYOUTS, CifarVGG
+from benchmarks.pipeline.config import PruneRunConfig
+from benchmarks.pipeline.seeds import seeded
+from benchmarks.tasks.imagefolder import IMAGENET, output_indices
+from ippro_tp import load_pruned
+from ippro_tp.losses import main_output
+
+CIFAR: dict[str, Callable[..., nn.Module]] = {
+    f"resnet{depth}": lambda num_classes=10, depth=depth: CifarResNet(depth, num_classes) for depth in DEPTHS
+} | {f"vgg{depth}": lambda num_classes=10, depth=depth: CifarVGG(depth, num_classes) for depth in LAYOUTS}
+"""The harness's own networks, each a function of ``num_classes``."""
+
+
+@dataclass
+class Network:
+    """A network before pruning.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        source: Library, name and kwargs, as ``save_pruned`` takes them.
+        builder: Builds it untrained; None where ``source`` says enough.
+        example: One input of zeros, ``[1, C, H, W]``.
+        ignored: Names of the layers that keep their outputs.
+        frozen: Names of parameters that training leaves alone.
+        outputs: Number of classes.
+        data: ``input_size``, ``mean``, ``std``, ``crop_pct``, ``interpolation``.
+    """
+
+    model: nn.Module
+    source: dict
+    builder: Callable[[], nn.Module] | None
+    example: Tensor
+    ignored: tuple[str, ...]
+    frozen: tuple[str, ...]
+    outputs: int
+    data: dict
+
+    def rebuild(self) -> nn.Module:
+        """Return the untrained network again."""
+        with seeded("rebuild"):
+            return _build(self.source)
+
+
+def build_network(config: PruneRunConfig, classes: list[str]) -> Network:
+    """Return the network that ``config`` names, with its weights.
+
+    Args:
+        config: The flags.
+        classes: Names of the class folders, or one name per class of the masks.
+
+    Raises:
+        UsageError: The name is unknown, or weights, classes and network do not fit together.
+    """
+    kwargs = _kwargs(config, None if config.pretrained else len(classes))
+    source = {"library": config.library, "name": config.model, "kwargs": kwargs}
+    with seeded(config.seed, "network"):
+        model = _weighted(config, source, classes)
+    model.eval()
+    data = _data_config(config, model)
+    example = torch.zeros(1, *data["input_size"])
+    outputs, ignored = _classifiers(model, example)
+    frozen = getattr(model, "frozen_parameters", None)
+    fixed = tuple(n for n, _ in model.named_parameters() if frozen.search(n)) if frozen is not None else ()
+    builder = (lambda: _build(source)) if config.library == "cifar" else None
+    return Network(model, source, builder, example, ignored, fixed, outputs, data)
+
+
+def load(folder: Path) -> nn.Module:
+    """Return the pruned network that ``prune`` wrote to ``folder``, also one of the harness's own."""
+    path = Path(folder) / "shapes.json"
+    source = json.loads(path.read_text())["source"] if path.is_file() else {}
+    return load_pruned(folder, (lambda: _build(source)) if source.get("library") == "cifar" else None)
+
+
+def _kwargs(config: PruneRunConfig, num_classes: int | None) -> dict:
+    kwargs: dict = {} if num_classes is None else {"num_classes": num_classes}
+    _check_name(config)
+    if config.library == "timm" and config.img_size:
+        known = timm.get_pretrained_cfg(config.model)
+        if known is not None and known.fixed_input_size:
+            kwargs["img_size"] = config.img_size
+    if config.library == "torchvision" and config.img_size and config.model.startswith("vit_"):
+        kwargs["image_size"] = config.img_size
+    if config.task == "segmentation":
+        kwargs["aux_loss"] = True
+    return kwargs
+
+
+def _check_name(config: PruneRunConfig) -> None:
+    name, library = config.model, config.library
+    segmentation = torchvision.models.list_models(module=torchvision.models.segmentation)
+    if config.task == "segmentation":
+        known = library == "torchvision" and name in segmentation
+        choice = f"--library torchvision with one of {', '.join(segmentation)}"
+    elif library == "timm":
+        known, choice = timm.is_model(name), "see timm.list_models()"
+    elif library == "torchvision":
+        known = name in torchvision.models.list_models(module=torchvision.models)
+        choice = "see torchvision.models.list_models()"
+    else:
+        known, choice = name in CIFAR, f"known: {', '.join(CIFAR)}"
+    if not known:
+        raise UsageError(f"--library {library} has no model {name!r} for {config.task}; {choice}")
+
+
+def _build(source: dict) -> nn.Module:
+    library, name, kwargs = source["library"], source["name"], source["kwargs"]
+    if library == "timm":
+        return timm.create_model(name, pretrained=False, **kwargs)
+    if library == "torchvision":
+        extra = {"weights_backbone": None} if "aux_loss" in kwargs else {}
+        return torchvision.models.get_model(name, weights=None, **extra, **kwargs)
+    return CIFAR[name](**kwargs)
+
+
+def _weighted(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Module:
+    """Build the network and load its weights; ``source`` is completed by the number of outputs."""
+    if config.pretrained:
+        return _pretrained(config, source, classes)
+    model = _build(source)
+    if config.checkpoint is None:
+        return model
+    state = read_state_dict(config.checkpoint)
+    data = _data_config(config, model)
+    _, (name, *_) = _classifiers(model.eval(), torch.zeros(1, *data["input_size"]))
+    head = state.get(f"{name}.weight")
+    if head is not None and len(head) != len(classes):  # the checkpoint knows how many outputs it has
+        source["kwargs"]["num_classes"] = len(head)
+        model = _build(source)
+    frozen = getattr(model, "frozen_parameters", re.compile("$^"))
+    load_checkpoint(model, config.checkpoint, tuple(n for n, _ in model.named_parameters() if frozen.search(n)))
+    return model
+
+
+def _pretrained(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Module:
+    if config.library == "cifar":
+        raise UsageError("--library cifar has no weights to download; give --checkpoint or --train-epochs")
+    try:
+        if config.library == "timm":
+            model = timm.create_model(config.model, pretrained=True, **source["kwargs"])
+        else:
+            model = torchvision.models.get_model(config.model, weights="DEFAULT", **source["kwargs"])
+    except Exception as error:  # whatever the two libraries raise without a network or for nets without weights
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"cannot get pretrained weights of {config.model} ({reason}); give --checkpoint FILE"
+        ) from error
+    data = _data_config(config, model)
+    outputs, ignored = _classifiers(model.eval(), torch.zeros(1, *data["input_size"]))
+    try:
+        output_indices(classes, outputs)
+    except UsageError:
+        if config.train_epochs == 0:
+            raise
+        source["kwargs"]["num_classes"] = len(classes)
+        state = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(f"{n}." for n in ignored))}
+        model = _build(source)
+        model.load_state_dict(state, strict=False)
+    return model
+
+
+def _data_config(config: PruneRunConfig, model: nn.Module) -> dict:
+    if config.library == "timm":
+        data = resolve_data_config({}, model=model)
+    elif config.library == "torchvision":
+        data = dict(IMAGENET)
+    else:
+        data = dict(IMAGENET) | {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    if config.img_size:
+        data["input_size"] = (data["input_size"][0], config.img_size, config.img_size)
+    return {k: data[k] for k in ("input_size", "mean", "std", "crop_pct")} | {
+        "interpolation": data.get("interpolation", "bilinear")
+    }
+
+
+def _classifiers(model: nn.Module, example: Tensor) -> tuple[int, tuple[str, ...]]:
+    """Return the number of classes, and the names of the layers that give them (an auxiliary head's too)."""
+    try:
+        with torch.no_grad():
+            outputs = main_output(model(example)).shape[1]
+    except Exception as error:
+        raise UsageError(
+            f"{type(model).__name__} does not run on images of {tuple(example.shape[1:])} "
+            f"({str(error).splitlines()[0]}); change --img-size"
+        ) from error
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    names = [n for n, m in layers if getattr(m, "out_features", getattr(m, "out_channels", 0)) == outputs]
+    heads = [n for n in names if n.startswith("aux_classifier.")][-1:]
+    heads = [n for n in names if n not in heads][-1:] + heads
+    if not heads:
+        raise UsageError(
+            f"{type(model).__name__} has no layer with its {outputs} outputs; no classifier to protect"
+        )
+    return outputs, tuple(heads)

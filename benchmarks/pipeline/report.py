@@ -1,0 +1,87 @@
+"""``report.md`` of one run, from its records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tabulate import tabulate
+
+from benchmarks.pipeline.figures import PHASES
+
+
+def markdown(result: dict, figures: list[Path]) -> str:
+    """Return the report of ``results.json`` with links to ``figures`` (in the folder ``figures/``)."""
+    plan, times = result["plan"], result["latency"]
+    phases = [p for p in PHASES if p in result["quality"]]
+    base = result["quality"]["unpruned"]
+    quality = [
+        [PHASES[p], f"{100 * result['quality'][p]:.2f}", f"{100 * (result['quality'][p] - base):+.2f}"]
+        for p in phases
+    ]
+    before, after = times["unpruned"]["median_seconds"], times["pruned"]["median_seconds"]
+    sizes = [
+        ["MACs (M)", f"{plan['macs_before'] / 1e6:.2f}", f"{plan['macs'] / 1e6:.2f}",
+         f"{plan['macs_fraction']:.1%}"],
+        ["parameters (M)", f"{plan['params_before'] / 1e6:.3f}", f"{plan['params'] / 1e6:.3f}",
+         f"{plan['params_fraction']:.1%}"],
+        ["latency (ms)", f"{1e3 * before:.2f}", f"{1e3 * after:.2f}", f"{after / before:.1%}"],
+    ]  # fmt: skip
+    how = times["pruned"]
+    parts = [
+        f"# {result['title']}\n",
+        tabulate(quality, ["phase", f"{result['metric']} (%)", "difference"], tablefmt="github",
+                 disable_numparse=True, colalign=("left", "right", "right")) + "\n",
+        f"{result['images']['val']} validation images, {result['images']['classes']} classes.\n",
+        tabulate(sizes, ["", "unpruned", "pruned", "left"], tablefmt="github", disable_numparse=True,
+                 colalign=("left", "right", "right", "right")) + "\n",
+        f"MACs and parameters as Torch-Pruning counts them, of one input {'x'.join(map(str, how['shape']))}. "
+        f"Latency: median of {how['runs']} forward passes on {how['device']}, {how['threads']} threads "
+        "(torch.utils.benchmark). Fewer MACs are not always less time.\n",
+        "![Quality and size](figures/summary.png)\n",
+        "## How it was pruned\n",
+        _steps(result) + "\n",
+        "![Widths](figures/widths.png)\n",
+        "![Scores](figures/scores.png)\n",
+    ]  # fmt: skip
+    others = [p for p in figures if p.stem not in ("summary", "widths", "scores")]
+    parts += [f"![{p.stem}](figures/{p.name})\n" for p in others]
+    if result["compensation"]:
+        rows = "\n".join(f"- {line}" for line in result["compensation"])
+        parts += [
+            "## Compensation\n",
+            f"Per layer, of the last step; power as a share of the layer's output.\n\n{rows}\n",
+        ]
+    parts += [
+        "## Use it\n",
+        f"```python\n{result['snippet']}\n```\n",
+        "## Made by\n",
+        f"```\n{result['command']}\n```\n",
+    ]
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items())
+    parts.append(f"Seconds: {seconds}. Versions: {_versions(result['environment'])}.\n")
+    return "\n".join(parts)
+
+
+def _steps(result: dict) -> str:
+    rows = []
+    plan = result["plan"]
+    for number, step in enumerate(plan["steps"], 1):
+        gone = sum(len(g["removed"]) for g in step["groups"])
+        total = sum(len(g["scores"] or []) for g in step["groups"])
+        rows.append(
+            [
+                number,
+                f"{step['ratio']:.4f}",
+                f"{gone} of {total}",
+                f"{sum(bool(g['removed']) for g in step['groups'])} of {len(step['groups'])}",
+                f"{step['macs'] / plan['macs_before']:.1%}",
+                f"{step['params'] / plan['params_before']:.1%}",
+            ]
+        )
+    head = ["step", "ratio", "channels removed", "groups touched", "MACs left", "parameters left"]
+    return f"{result['how']}\n\n" + tabulate(rows, head, tablefmt="github", disable_numparse=True)
+
+
+def _versions(environment: dict) -> str:
+    versions = [f"{name} {value}" for name, value in environment["versions"].items() if value]
+    return ", ".join([f"Python {environment['python']}", *versions])

@@ -1,0 +1,343 @@
+"""``prune`` on real, if small, folders of images: the whole way, what is wrong with input, what a dry run says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from pipeline_helpers import COLOURS, flags, make_folder
+from torch import nn
+
+from benchmarks.__main__ import main
+from benchmarks.evaluate import accuracy
+from benchmarks.pipeline import plan as plans
+from benchmarks.pipeline.config import PruneRunConfig
+from benchmarks.pipeline.data import build_images, read_listing
+from benchmarks.pipeline.networks import build_network, load
+from benchmarks.pipeline.objectives import Segmentation, divergence, mean_iou
+from benchmarks.pipeline.recipe import Recipe, make_optimizer, make_scheduler
+from ippro_tp import load_pruned, save_pruned
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def weights(folder, tmp_path_factory):
+    """A checkpoint of test_resnet with three classes."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    config = PruneRunConfig(model="test_resnet", data_dir=folder, img_size=32, seed=5)
+    model = build_network(config, list(COLOURS)).model
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    path = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    more = ["--train-epochs", "2", "--finetune-epochs", "2", "--macs", "0.5", "--distill"]
+    assert main(flags(folder, out, *more)) == 0
+    return out
+
+
+def test_the_whole_way(finished, folder):
+    result = json.loads((finished / "results.json").read_text())
+    assert set(result["quality"]) == {"unpruned", "pruned", "finetuned"}
+    assert abs(result["plan"]["macs_fraction"] - 0.5) <= 0.01
+    assert len(result["history"]["trained"]) == len(result["history"]["finetuned"]) == 2
+    assert result["history"]["trained"][1] < result["history"]["trained"][0]
+    report = (finished / "report.md").read_text()
+    assert "| fine-tuned" in report
+    assert f"--data-dir {folder}" in report
+    assert {p.name for p in finished.iterdir()} == {
+        "config.json", "figures", "model.safetensors", "progress", "report.md", "results.json", "shapes.json"
+    }  # fmt: skip
+
+
+def test_the_saved_network_has_the_reported_quality_and_size(finished, folder):
+    result = json.loads((finished / "results.json").read_text())
+    model = load_pruned(finished)
+    config = PruneRunConfig(model="test_resnet", data_dir=folder, img_size=32, workers=0)
+    listing = read_listing(config)
+    images = build_images(config, listing, build_network(config, listing.classes))
+    assert accuracy(model, images.validation(), "cpu") == result["quality"]["finetuned"]
+    assert sum(p.numel() for p in model.parameters()) == result["plan"]["params"]
+    assert not model.training
+
+
+def test_figures_show_something(finished):
+    for name in ("summary", "widths", "scores", "training"):
+        pixels = matplotlib.image.imread(finished / "figures" / f"{name}.png")[..., :3]
+        assert min(pixels.shape[:2]) > 250
+        assert len(np.unique(pixels.mean(2).round(2))) > 20  # shades
+        assert (np.ptp(pixels, axis=2) > 0.3).mean() > 0.001  # coloured parts
+
+
+def test_a_finished_run_is_not_run_again(finished, folder, capsys, monkeypatch):
+    monkeypatch.setattr(plans.Planner, "plan", lambda *_: pytest.fail("planned again"))
+    before = (finished / "model.safetensors").read_bytes()
+    more = ["--train-epochs", "2", "--finetune-epochs", "2", "--macs", "0.5", "--distill"]
+    assert main(flags(folder, finished, *more)) == 0
+    assert "| fine-tuned" in capsys.readouterr().out
+    assert (finished / "model.safetensors").read_bytes() == before
+
+
+def test_another_configuration_is_refused(finished, folder, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in finished.iterdir()}
+    more = ["--train-epochs", "2", "--finetune-epochs", "2", "--macs", "0.6", "--distill"]
+    assert main(flags(folder, finished, *more)) == 2
+    assert "in use by another configuration (macs: 0.5 -> 0.6)" in _one_line(capsys)
+    assert {p.name: p.stat().st_mtime_ns for p in finished.iterdir()} == before
+
+
+def test_dry_run_lists_the_groups_and_writes_nothing(folder, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--checkpoint", str(weights), "--params", "0.6", "--scope", "local", "--importance", "l1", "--dry-run"]
+    assert main(flags(folder, out, *more)) == 0
+    text = capsys.readouterr().out
+    assert "layer1.0.conv1" in text
+    assert "lowest score" in text
+    assert "parameters" in text
+    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_ratios_and_rounding(folder, weights, tmp_path):
+    config = PruneRunConfig(
+        model="test_resnet", data_dir=folder, img_size=32, checkpoint=weights, pruning_ratio=0.4, round_to=8,
+        layer_ratios=("conv1$=0.6", "downsample=0"), scope="local", importance="l2", calibration_images=16,
+        workers=0, compensate=False,
+    )  # fmt: skip
+    made = _plan(config)
+    before, after = made.widths_before, made.record()["widths"]
+    assert after["layer1.0.conv1"] == 8  # 32 * 0.4 = 12.8, rounded down to eights
+    assert after["layer2.0.conv2"] == before["layer2.0.conv2"]  # shares channels with downsample
+    assert all(w % 8 == 0 for n, w in after.items() if n != "fc")
+    import dataclasses
+
+    stepwise = dataclasses.replace(config, pruning_ratio=None, layer_ratios=(), macs=0.6, steps=2, round_to=0)
+    made = _plan(stepwise)
+    assert [round(step.macs / made.base[0], 1) for step in made.steps] == [0.8, 0.6]
+    assert made.steps[1].groups[1].scores is not None
+    assert len(made.steps[1].groups[1].scores) < len(made.steps[0].groups[1].scores)
+    with pytest.raises(ValueError, match=r"no prunable layer of test_resnet matches 'conv9'"):
+        _plan(dataclasses.replace(config, layer_ratios=("conv9=0.5",)))
+
+
+def _plan(config):
+    listing = read_listing(config)
+    network = build_network(config, listing.classes)
+    batches = build_images(config, listing, network).calibration(config.calibration_images)
+    return plans.Planner(config, network, batches, torch.device("cpu")).plan(network.model)
+
+
+def test_no_group_is_left_whole_because_all_of_it_ranks_lowest(folder, weights, monkeypatch):
+    config = PruneRunConfig(
+        model="test_resnet", data_dir=folder, img_size=32, checkpoint=weights, pruning_ratio=0.5, workers=0,
+        importance="l2", calibration_images=8, compensate=False, max_pruning_ratio=0.8,
+    )  # fmt: skip
+    real, least = plans.Planner.scores, ("layer2.0.conv1", True)
+
+    def scores(planner, model):
+        found = real(planner, model)
+        found.scores[least] *= 1e-6
+        return found
+
+    monkeypatch.setattr(plans.Planner, "scores", scores)
+    made = _plan(config)
+    assert made.record()["widths"]["layer2.0.conv1"] == 10  # a fifth of 48, rounded up
+    group = next(g for g in made.steps[0].groups if g.root == least[0])
+    kept = sorted(set(range(48)) - set(group.removed), key=lambda i: group.scores[i])
+    assert group.scores[kept[0]] >= max(group.scores[i] for i in group.removed)
+
+
+def test_attention_is_pruned_by_heads(folder):
+    config = PruneRunConfig(
+        model="test_vit", data_dir=folder, img_size=32, macs=0.6, calibration_images=8, workers=0,
+        scope="local", importance="l2",
+    )  # fmt: skip
+    made = _plan(config)
+    assert abs(made.macs - 0.6) <= 0.01
+    attention = made.model.blocks[0].attn
+    assert attention.qkv.out_features == 3 * attention.num_heads * attention.head_dim < 192
+
+
+def test_the_harness_own_networks(folder, tmp_path):
+    out = tmp_path / "out"
+    own = ["--library", "cifar", "--train-epochs", "1", "--pruning-ratio", "0.3", "--importance", "l1"]
+    command = flags(folder, out, *own, "--no-compensate", "--bn-reestimate", "never")
+    command[command.index("test_resnet")] = "resnet20"
+    assert main(command) == 0
+    result = json.loads((out / "results.json").read_text())
+    assert set(result["quality"]) == {"unpruned", "pruned"}
+    assert "from benchmarks.pipeline.networks import load" in (out / "report.md").read_text()
+    model = load(out)
+    assert sum(p.numel() for p in model.parameters()) == result["plan"]["params"]
+    assert model.linear.out_features == 3
+
+
+def _one_line(capsys) -> str:
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def _break_image(root):
+    path = root / "train" / "green" / "3.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+BAD = {
+    "missing folder": (None, [], "--data-dir nowhere is no folder"),
+    "no val": (lambda root: shutil.rmtree(root / "val"), [], "holds no val/ or test/"),
+    "empty class": (
+        lambda root: [p.unlink() for p in (root / "val" / "red").iterdir()], [], "val/red holds no images",
+    ),
+    "class unknown to train": (
+        lambda root: (root / "train" / "red").rename(root / "train" / "rot"), [], "is a class that the training",
+    ),
+    "corrupt image": (_break_image, [], "train/green/3.png is no readable image"),
+    "unknown model": (None, ["--model", "resnet1"], "--library timm has no model 'resnet1'"),
+    "unknown importance": (None, ["--importance", "magic"], "unknown criterion 'magic'; known: random"),
+    "no target": (None, ["--macs", "None"], "give exactly one of --macs, --params, --pruning-ratio; got none"),
+    "two targets": (None, ["--params", "0.5"], "got --macs, --params"),
+    "percent": (None, ["--macs", "50"], "--macs is a fraction between 0 and 1; got 50"),
+    "untrained": (None, ["--checkpoint", "None"], "an untrained network is not worth pruning"),
+    "no checkpoint": (None, ["--checkpoint", "nothing.safetensors"], "no checkpoint at nothing.safetensors"),
+    "other checkpoint": (None, ["--model", "resnet18"], "is a checkpoint of another architecture than ResNet"),
+    "unreachable": (None, ["--macs", "0.001"], "macs 0.001 of the unpruned network cannot be reached within 1%"),
+    "bad ratios": (
+        None, ["--macs", "None", "--pruning-ratio", "0.3", "--layer-ratios", "layer1"], "write PATTERN=RATIO",
+    ),
+    "device": (None, ["--device", "cuda:77"], "--device cuda:77: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(case, folder, weights, tmp_path, capsys):
+    spoil, more, message = BAD[case]
+    data = folder
+    if spoil is not None:
+        data = tmp_path / "data"
+        shutil.copytree(folder, data)
+        spoil(data)
+    if case == "missing folder":
+        data = "nowhere"
+    command = flags(data, tmp_path / "out", "--checkpoint", str(weights), "--macs", "0.5")
+    for flag, value in zip(more[::2], more[1::2], strict=True):
+        if flag in command:
+            command[command.index(flag) + 1] = value
+        else:
+            command += [flag, value]
+    assert main(command) == 2
+    assert message in _one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_cannot_be_traced(folder, tmp_path, capsys):
+    command = flags(folder, tmp_path / "out", "--library", "torchvision", "--train-epochs", "1", "--macs", "0.5")
+    command[command.index("test_resnet")] = "shufflenet_v2_x0_5"
+    assert main(command) == 2
+    assert "shufflenet_v2_x0_5 cannot be pruned: " in _one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreachable_target_is_refused_before_training(folder, tmp_path, capsys):
+    more = ["--train-epochs", "9", "--macs", "0.1", "--max-pruning-ratio", "0.5"]
+    assert main(flags(folder, tmp_path / "out", *more)) == 2
+    assert "macs 0.1 of the unpruned network cannot be reached: with 0.5 of every layer gone" in _one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tracing_without_end_is_given_up(folder, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plans, "TRACE_SECONDS", 0.01)
+    assert main(flags(folder, tmp_path / "out", "--checkpoint", str(weights), "--macs", "0.5")) == 2
+    assert "cannot be pruned: TimeoutError: tracing it takes more than 0.01 s" in _one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(folder, weights, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("x")
+    assert main(flags(folder, tmp_path, "--checkpoint", str(weights), "--macs", "0.5")) == 2
+    assert "holds other files" in _one_line(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_batches_are_functions_of_seed_and_epoch(folder):
+    config = PruneRunConfig(model="test_resnet", data_dir=folder, img_size=32, workers=0, batch_size=8)
+    listing = read_listing(config)
+    network = build_network(config, listing.classes)
+    first, again = (list(build_images(config, listing, network).epoch("finetuned", 1)) for _ in range(2))
+    assert len(first) == 6
+    later = list(build_images(config, listing, network).epoch("finetuned", 1, start=4))
+    others = list(build_images(config, listing, network).epoch("finetuned", 2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first[4:], later, strict=True))
+    assert not torch.equal(first[0][0], others[0][0])
+
+
+def test_recipe_groups_and_schedules():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    recipe = Recipe(4, 1.0, norm_weight_decay=0.0, norm_momentum=0.0, schedule="step", step_epochs=2)
+    optimizer = make_optimizer(model, recipe, frozen=("2.bias",))
+    assert [len(g["params"]) for g in optimizer.param_groups] == [3, 2]
+    assert [(g["weight_decay"], g["momentum"]) for g in optimizer.param_groups] == [(1e-4, 0.9), (0.0, 0.0)]
+    scheduler = make_scheduler(optimizer, recipe, steps_per_epoch=2)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1])
+    cosine = make_scheduler(make_optimizer(model, Recipe(2, 1.0)), Recipe(2, 1.0), 5).lr_lambdas[0]
+    assert [cosine(0), cosine(5), cosine(10)] == pytest.approx([1, 0.5, 0])
+
+
+def test_divergence_is_zero_for_equal_predictions_only():
+    logits = torch.randn(4, 5)
+    assert divergence(logits, logits + 3).abs() < 1e-5
+    assert divergence(logits, -logits) > 0.01
+
+
+def test_mean_iou_by_hand():
+    task = Segmentation(3, 255)
+    truth = torch.tensor([[0, 0, 1, 255]])
+    confusion = task.confusion(truth, torch.tensor([[0, 1, 1, 2]]))
+    assert mean_iou(confusion) == pytest.approx((1 / 2 + 1 / 2) / 2)
+    logits = torch.randn(1, 3, 1, 4)
+    masked = torch.tensor([[[0, 0, 1, 2]]])
+    masked[..., 3] = 255
+    by_hand = nn.functional.cross_entropy(logits[..., :3], masked[..., :3])
+    assert torch.allclose(task.loss({"out": logits}, masked), by_hand)
+    assert torch.allclose(task.loss({"out": logits, "aux": logits}, masked), 1.5 * by_hand)
+
+
+def test_the_ten_lines_of_python(tmp_path):
+    import timm
+    import torch_pruning as tp
+
+    from ippro_tp import Compensation, PROImportance
+
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    loader = [(torch.randn(8, 3, 32, 32), torch.zeros(8).long())]
+    imp, comp = PROImportance(), Compensation()
+    pruner = tp.pruner.BasePruner(
+        model, torch.randn(1, 3, 32, 32), imp, pruning_ratio=0.3, global_pruning=True, ignored_layers=[model.fc]
+    )
+    imp.calibrate(pruner, loader, progress=False)
+    comp.calibrate(pruner, loader, progress=False)
+    comp.step(pruner)
+    save_pruned(model, tmp_path, {"library": "timm", "name": "test_resnet", "kwargs": {"num_classes": 3}})
+    assert torch.equal(load_pruned(tmp_path)(loader[0][0]), model(loader[0][0]))

@@ -1,0 +1,55 @@
+"""Attention with one Linear layer for query, key and value, as in timm: numbers that pruning has to keep right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
+    """The joint ``qkv`` layers of a model with their numbers of heads, for ``num_heads=`` of a pruner.
+
+    Args:
+        model: modules with a Linear layer ``qkv`` and an int ``num_heads`` are taken for attention.
+
+    Example:
+        >>> attention_heads(nn.Linear(2, 2))
+        {}
+    """
+    found: dict[nn.Module, int] = {}
+    for module in model.modules():
+        qkv, heads = getattr(module, "qkv", None), getattr(module, "num_heads", None)
+        if isinstance(qkv, nn.Linear) and isinstance(heads, int) and qkv.out_features % (3 * heads) == 0:
+            found[qkv] = heads
+    return found
+
+
+def update_attention(pruner: Any) -> None:
+    """Tell the attention modules of a pruned model how many heads of which size they have now.
+
+    Their forward pass reshapes by numbers kept as attributes (``num_heads``, ``head_dim``, ``attn_dim``,
+    ``scale``; torchvision's ViT keeps ``hidden_dim``), which Torch-Pruning does not know. Modules whose layers
+    kept their widths are left alone.
+
+    Args:
+        pruner: a ``torch_pruning`` pruner made with ``num_heads=attention_heads(model)``, after its step.
+    """
+    heads = getattr(pruner, "num_heads", {})
+    for module in pruner.model.modules():
+        if type(module).__name__ == "VisionTransformer" and isinstance(
+            getattr(module, "conv_proj", None), nn.Conv2d
+        ):
+            module.hidden_dim = module.conv_proj.out_channels  # torchvision's
+        qkv = getattr(module, "qkv", None)
+        if not isinstance(qkv, nn.Linear) or qkv not in heads:
+            continue
+        count = heads[qkv]
+        size = qkv.out_features // (3 * count)
+        now = (getattr(module, "num_heads", None), getattr(module, "head_dim", None))
+        if now[0] == count and now[1] in (size, None):
+            continue
+        module.num_heads = count
+        for name, value in (("head_dim", size), ("attn_dim", count * size), ("scale", size**-0.5)):
+            if isinstance(getattr(module, name, None), (int, float)):
+                setattr(module, name, value)

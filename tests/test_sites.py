@@ -1,0 +1,80 @@
+"""Which layers carry a group's score, in nets where that is not obvious."""
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from ippro_tp import ObservationError, PROImportance
+from ippro_tp.groups import groups_of
+
+from .nets import make_pruner
+
+
+class Attention(nn.Module):
+    """A residual stream that a Linear layer (or an Embedding) and nn.MultiheadAttention write to."""
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        self.embedded = self.embed(x)
+        y = self.norm(self.embedded)
+        self.attended = self.attention(y, y, y, need_weights=False)[0]
+        return self.fc((self.embedded + self.attended).mean(1))
+
+
+@pytest.mark.parametrize("words", [False, True], ids=["linear", "embedding"])
+def test_attention_modules_and_embeddings_write_to_the_stream(words):
+    torch.manual_seed(0)
+    model = Attention(nn.Embedding(10, 8) if words else nn.Linear(3, 8)).eval()
+    x = torch.randint(0, 10, (6, 5)) if words else torch.randn(6, 5, 3)
+    weights = torch.randn(6, 4)
+    imp = PROImportance(cost=None)
+    pruner = make_pruner(model, x[:1], imp, [model.fc], root_module_types=[nn.Linear, nn.Embedding])
+    with imp.observe(pruner):
+        ((model(x) * weights).sum() / 6).backward()
+    (group,) = groups_of(pruner)
+    (row,) = imp.report()
+    assert set(row.producers) == {"embed", "attention"}
+
+    out = model(x)
+    written = [model.embedded, model.attended]
+    gradients = torch.autograd.grad((out * weights).sum(), written)
+    offsets = sum((g * y).sum(1) for g, y in zip(gradients, written, strict=True))
+    torch.testing.assert_close(imp(group), offsets.abs().mean(0).detach(), rtol=1e-4, atol=1e-6)
+    pruner.step()
+    model(x).sum().backward()
+    assert model.norm.weight.numel() == 4
+
+
+def test_channels_that_are_positions_of_another_layer_are_refused():
+    """gMLP's gate: Torch-Pruning takes the tokens of one layer for channels of the other."""
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc1 = nn.Linear(6, 5), nn.Linear(5, 16)
+            self.proj, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            u, v = self.fc1(self.stem(x).relu()).chunk(2, dim=-1)
+            v = self.proj(v.transpose(1, 2)).transpose(1, 2)
+            return self.fc2(u * v).mean(1)
+
+    model = Gate().eval()
+    x = torch.randn(4, 8, 6)
+
+    def pruner(ignored):
+        return tp.pruner.BasePruner(
+            model, x[:1], importance=None, ignored_layers=[model.fc2, *ignored], in_channel_groups={},
+            out_channel_groups={}, num_heads={}, channel_groups={},
+        )  # fmt: skip
+
+    with pytest.raises(ObservationError, match=r"'fc1' to 'proj'(.|\n)*ignored_layers"):
+        PROImportance().calibrate(pruner([]), [x], progress=False)
+    PROImportance().calibrate(pruner([model.proj]), [x], progress=False)
