@@ -97,6 +97,8 @@ class Tap:
         sink: called once for every backward pass through ``output``.
         name: what to call this place in errors.
         gradients: send ``(2, batch, channels)``, the sums of g x and those of g.
+        affine: ``(scale, shift)``, each ``(channels,)``: x is ``scale * value + shift``. A BatchNorm's output is
+            read this way from its input, which autograd keeps in any case: x itself may be freed or overwritten.
     """
 
     def __init__(
@@ -108,8 +110,10 @@ class Tap:
         sink: Callable[[Tensor], None],
         name: str,
         gradients: bool = False,
+        affine: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.axis, self.batch, self.name, self._gradients = axis, batch, name, gradients
+        self.affine = affine
         self._sink = sink
         self._value: Tensor | None = value.detach()
         self._version = value._version
@@ -119,6 +123,16 @@ class Tap:
     def storage(self) -> int:
         """Address of the memory that ``value`` lives in, to notice that it is about to be overwritten."""
         return self._value.untyped_storage().data_ptr() if self._value is not None else 0
+
+    @property
+    def value(self) -> Tensor | None:
+        """What is kept of x: x itself, or what ``affine`` makes x of; ``None`` once closed."""
+        return self._value
+
+    def accept_overwriting(self) -> None:
+        """Go on with what an in-place operation left of x: it is x wherever the gradient is not zero."""
+        if self._value is not None:
+            self._version = self._value._version
 
     def copy_value(self) -> None:
         """Keep a private copy of x: an in-place operation is about to overwrite it."""
@@ -144,6 +158,9 @@ class Tap:
             sums = sample_sums(grad, value, self.axis, self.batch)
             if self._gradients:
                 sums = torch.stack([sums, sample_sums(grad, None, self.axis, self.batch)])
+            elif self.affine is not None:
+                scale, shift = self.affine
+                sums = sums * scale + sample_sums(grad, None, self.axis, self.batch) * shift
             self._sink(sums)
 
 

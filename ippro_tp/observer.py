@@ -2,7 +2,8 @@
 
 Nothing is written to the model. While an :class:`Observer` is entered, forward hooks tell which producer is
 running, and a ``TorchFunctionMode`` sees every call: it follows channels (:mod:`ippro_tp.flow`), finds the
-activation after each producer, and keeps a copy of a tapped tensor just before an in-place call overwrites it.
+activation after each producer, and keeps a copy of a tapped tensor just before an in-place call overwrites it,
+unless what is needed of it can be told from what autograd keeps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -23,6 +25,9 @@ from .flow import ACTIVATIONS, ChannelFlow, Label, Span
 from .groups import CHANNEL_NORMS
 
 _NORM_CALLS = {"batch_norm", "instance_norm", "group_norm"}
+_MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "threshold_"}
+"""Activations that either leave a value as it is or let no gradient through."""
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
 
 
@@ -147,6 +152,7 @@ class Observer(TorchFunctionMode):
         self._open: set[str] = set()  # layers whose sigma has not been met yet in this forward pass
         self._taps: dict[str, list[Tap]] = {}
         self._by_storage: dict[int, list[weakref.ref[Tap]]] = {}
+        self._fresh: tuple[weakref.ref[Tensor], Tap] | None = None  # tap of the tensor that nobody has read yet
         self._dirty: list[Pass] = []
         self._signature: tuple[object, ...] | None = None
         self.sites: tuple[Site, ...] = ()
@@ -243,6 +249,7 @@ class Observer(TorchFunctionMode):
         self._open = set()
         self._taps = {}
         self._by_storage = {}
+        self._fresh = None
 
     def _enter_layer(self, name: str, module: nn.Module) -> Callable[..., None]:
         is_norm = isinstance(module, CHANNEL_NORMS)
@@ -311,7 +318,7 @@ class Observer(TorchFunctionMode):
 
         return hook
 
-    def _norm_output(self, name: str, x: Any, y: Tensor) -> Tensor:
+    def _norm_output(self, name: str, x: Any, y: Tensor, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Tap the output of a channel norm; it stands for the layers whose channels run into it."""
         assert self._pass is not None
         y = require_grad(y)
@@ -323,7 +330,7 @@ class Observer(TorchFunctionMode):
                 self._close(span.layer)
         spans = (*before, Span(name, 0, y.shape[1]))
         self._flow.set(y, Label(1, spans))
-        self._tap_output(name, y, 1)
+        self._tap_output(name, y, 1, x if affine is not None else y, affine)
         return y
 
     def __torch_function__(
@@ -342,14 +349,17 @@ class Observer(TorchFunctionMode):
         inplace = _is_inplace(name, args, kwargs)
         if name in ACTIVATIONS and isinstance(x, Tensor) and self._flow[x] is not None:
             return self._activation(name, inplace, x, func, args, kwargs)
+        fresh, self._fresh = self._fresh, None
         if inplace and isinstance(x, Tensor):
             self._save_from_overwriting(x)
         out = func(*args, **kwargs)
         if name in _NORM_CALLS and self._norms and self._norms[-1] is not None:
             layer, self._norms[-1] = self._norms[-1], None
-            return self._norm_output(layer, x, out)
-        if isinstance(out, (Tensor, tuple, list)):
+            return self._norm_output(layer, x, out, _affine_norm(func, args, kwargs))
+        if isinstance(out, (Tensor, tuple, list)) and not isinstance(out, torch.Size):
             self._flow.propagate(func, args, kwargs, out)
+        else:  # a shape, a flag or a number: no gradient will come back this way
+            self._fresh = fresh
         return out
 
     def _activation(
@@ -359,36 +369,58 @@ class Observer(TorchFunctionMode):
         assert self._pass is not None
         label = self._flow[x]
         assert label is not None
-        if inplace:
-            self._save_from_overwriting(x)
-        value = x.detach().clone() if inplace and self._tap_activations else x
-        out: Tensor = func(*args, **kwargs)
-        self._flow.set(out, label)
         spans = tuple(span for span in label.spans if span.layer in self._open)
+        extended = bool(spans) and self._tap_activations
+        source = self._fresh[1] if self._fresh is not None and self._fresh[0]() is x else None
+        self._fresh = None
+        masked = inplace and name in _MASKS and not self._tap_activations
+        value, affine = x, None
+        if source is not None and source.affine is not None and source.value is not None:
+            value, affine = source.value, source.affine
+        if inplace:
+            if extended:
+                for span in spans:
+                    self._close(span.layer)
+            self._save_from_overwriting(x, but=source if masked else None)
+            if extended and affine is None:
+                value = x.detach().clone()
+        out: Tensor = func(*args, **kwargs)
+        if masked and source is not None:
+            source.accept_overwriting()
+        self._flow.set(out, label)
         if not spans or out.shape != x.shape:
             return out
         self._open -= {span.layer for span in spans}
         site = Site(f"{name.rstrip('_')} #{len(self._pass.sites)}", Label(label.axis, spans))
         self._pass.sites.append(site)
-        if self._tap_activations:
+        if extended:
             for span in spans:
                 self._close(span.layer)
             sink = self._sink(self._pass.activations, site.name, self._pass)
             out = require_grad(out)
-            self._register(Tap(value, out, label.axis, self._pass.batch, sink, site.name))
+            self._register(Tap(value, out, label.axis, self._pass.batch, sink, site.name, affine=affine))
         return out
 
     # -- taps ------------------------------------------------------------------------------------------------
 
-    def _tap_output(self, name: str, y: Tensor, axis: int) -> None:
+    def _tap_output(
+        self,
+        name: str,
+        y: Tensor,
+        axis: int,
+        value: Tensor | None = None,
+        affine: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         assert self._pass is not None
         self.seen.add(name)
         self._open.add(name)
         if name in self.untapped:
             return
-        tap = Tap(y, y, axis, self._pass.batch, self._sink(self._pass.outputs, name, self._pass), name)
+        sink = self._sink(self._pass.outputs, name, self._pass)
+        tap = Tap(y if value is None else value, y, axis, self._pass.batch, sink, name, affine=affine)
         self._taps.setdefault(name, []).append(tap)
         self._register(tap)
+        self._fresh = weakref.ref(y), tap
 
     def _register(self, tap: Tap) -> None:
         self._by_storage.setdefault(tap.storage, []).append(weakref.ref(tap))
@@ -397,9 +429,12 @@ class Observer(TorchFunctionMode):
         for tap in self._taps.pop(name, []):
             tap.close()
 
-    def _save_from_overwriting(self, x: Tensor) -> None:
+    def _save_from_overwriting(self, x: Tensor, but: Tap | None = None) -> None:
         for ref in self._by_storage.pop(x.untyped_storage().data_ptr(), []):
-            if (tap := ref()) is not None:
+            tap = ref()
+            if tap is not None and tap is but:
+                self._register(tap)
+            elif tap is not None:
                 tap.copy_value()
 
     def _sink(self, store: dict[str, Tensor], name: str, owner: Pass) -> Callable[[Tensor], None]:
@@ -429,6 +464,24 @@ def _replace_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if not isinstance(first, Tensor) or not first.is_floating_point():
         return output
     return (change(first), *output[1:]) if isinstance(output, tuple) else change(first)
+
+
+def _affine_norm(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift per channel of a BatchNorm call that uses running statistics; ``None`` for other norms."""
+    if func is not F.batch_norm:
+        return None
+    given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+    mean, variance = given["running_mean"], given["running_var"]
+    if given.get("training", False) or mean is None or variance is None:
+        return None
+    with torch.no_grad():
+        scale = (variance.float() + given.get("eps", 1e-5)).rsqrt()
+        if given.get("weight") is not None:
+            scale = scale * given["weight"].float()
+        shift = -mean.float() * scale
+        return scale, shift if given.get("bias") is None else shift + given["bias"].float()
 
 
 def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 
+from ippro_tp import PROImportance
 from ippro_tp.errors import ObservationError
 from ippro_tp.extension import LiteralExtension, Tap, require_grad, sample_sums
+from ippro_tp.groups import groups_of
 
 
 @pytest.mark.parametrize(
@@ -91,3 +94,85 @@ def test_require_grad_allows_in_place_and_views():
         assert torch.equal(out, x)
         out.relu_()
         out.sum().backward()
+
+
+def test_affine_values_are_those_of_the_norm():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    scale, shift = torch.randn(2, 3, dtype=torch.float64)
+    y = x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    direct, through = [], []
+    Tap(y, y, 1, 4, direct.append, "norm")
+    tap = Tap(x, y, 1, 4, through.append, "norm", affine=(scale, shift))
+    F.silu(y).sum().backward()
+    torch.testing.assert_close(through[0], direct[0])
+    assert tap.value is not None
+
+
+class _Net(torch.nn.Module):
+    """Convolutions with an activation, in place or not, that something else may read first."""
+
+    def __init__(self, norm, act, inplace, read_before=False, residual=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = torch.nn.Conv2d(3, 6, 3, padding=1), torch.nn.Conv2d(6, 6, 3, padding=1)
+        self.norms = torch.nn.ModuleList([torch.nn.BatchNorm2d(6) if norm else torch.nn.Identity() for _ in "12"])
+        self.norms.train(norm == "train")
+        self.act, self.inplace, self.read_before, self.residual = act, inplace, read_before, residual
+        self.fc = torch.nn.Linear(6, 4)
+        for module in self.norms:
+            if norm:
+                torch.nn.init.uniform_(module.weight, -1, 1)
+                torch.nn.init.normal_(module.bias)
+                torch.nn.init.normal_(module.running_mean)
+
+    def forward(self, x):
+        x = self.act(self.norms[0](self.conv1(x)), inplace=self.inplace)
+        y = self.norms[1](self.conv2(x))
+        before = y * 0.5 if self.read_before else 0.0
+        if self.residual and self.inplace:
+            y += x
+        elif self.residual:
+            y = y + x
+        return self.fc((self.act(y, inplace=self.inplace) + before).mean((2, 3)))
+
+
+@pytest.mark.parametrize("estimator", ["expected", "paper"])
+@pytest.mark.parametrize("norm", ["", "eval", "train"])
+@pytest.mark.parametrize(("act", "copies"), [(F.relu, 0), (F.relu6, 0), (F.silu, 2)])
+def test_in_place_activations_give_the_same_scores_without_copies(monkeypatch, estimator, norm, act, copies):
+    in_place, made = _scores(monkeypatch, _Net(norm, act, True), estimator)
+    plain, none = _scores(monkeypatch, _Net(norm, act, False), estimator)
+    torch.testing.assert_close(in_place, plain)
+    assert none == 0
+    # A norm that uses running statistics is read from its input; ReLU lets no gradient through where it cuts.
+    assert made == (0 if norm == "eval" or estimator == "paper" else copies)
+
+
+@pytest.mark.parametrize("options", [{"read_before": True}, {"residual": True}])
+@pytest.mark.parametrize("norm", ["", "eval"])
+@pytest.mark.parametrize("estimator", ["expected", "paper"])
+def test_what_others_read_first_is_kept(monkeypatch, options, norm, estimator):
+    in_place, made = _scores(monkeypatch, _Net(norm, F.relu, True, **options), estimator)
+    plain, _ = _scores(monkeypatch, _Net(norm, F.relu, False, **options), estimator)
+    torch.testing.assert_close(in_place, plain)
+    assert made == (1 if norm == "" and (estimator == "expected" or "residual" in options) else 0)
+
+
+def _scores(monkeypatch, net, estimator):
+    made = []
+    original = Tap.copy_value
+    monkeypatch.setattr(
+        Tap, "copy_value", lambda tap: (made.extend([tap.name] * (tap.value is not None)), original(tap))
+    )
+    imp = PROImportance(estimator=estimator)
+    x, labels = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4
+    training = {m for m in net.norms if m.training}
+    pruner = tp.pruner.BasePruner(net, x[:1], importance=imp, pruning_ratio=0.5, ignored_layers=[net.fc])
+    with imp.observe(pruner):
+        net.eval()
+        for module in training:
+            module.train()
+        F.cross_entropy(net(x), labels).backward()
+    monkeypatch.setattr(Tap, "copy_value", original)
+    return torch.cat([imp(group) for group in groups_of(pruner)]), len(made)
