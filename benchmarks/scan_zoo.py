@@ -313,6 +313,8 @@ def _torchvision_model(name: str, side: int | None = None) -> nn.Module:
         options["input_size"] = (side, side)
     if side is not None and name.startswith("fasterrcnn"):
         options |= {"min_size": side, "max_size": side}
+    if name.startswith("fasterrcnn"):
+        options["box_score_thresh"] = 0.0  # random weights find nothing otherwise, and there would be no output
     return models.get_model(name, **options)
 
 

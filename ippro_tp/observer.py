@@ -477,11 +477,12 @@ def _affine_norm(
     if given.get("training", False) or mean is None or variance is None:
         return None
     with torch.no_grad():
-        scale = (variance.float() + given.get("eps", 1e-5)).rsqrt()
+        wide = torch.promote_types(variance.dtype, torch.float32)
+        scale = (variance.to(wide) + given.get("eps", 1e-5)).rsqrt()
         if given.get("weight") is not None:
-            scale = scale * given["weight"].float()
-        shift = -mean.float() * scale
-        return scale, shift if given.get("bias") is None else shift + given["bias"].float()
+            scale = scale * given["weight"].to(wide)
+        shift = -mean.to(wide) * scale
+        return scale, shift if given.get("bias") is None else shift + given["bias"].to(wide)
 
 
 def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
