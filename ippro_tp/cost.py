@@ -25,13 +25,15 @@ def output_positions(module: nn.Module, output: Tensor) -> int:
 
     Args:
         module: the layer; convolutions and channel norms have channels in dimension 1, other layers last.
-        output: its output, samples in dimension 0.
+        output: its output, samples in dimension 0, or 1 for ``nn.MultiheadAttention(batch_first=False)``.
 
     Example:
         >>> import torch
         >>> output_positions(nn.Linear(4, 8), torch.zeros(2, 5, 8))
         5
     """
+    if isinstance(module, nn.MultiheadAttention):
+        return output.shape[-2 if module.batch_first or output.dim() == 2 else 0]
     second = isinstance(module, (nn.modules.conv._ConvNd, *CHANNEL_NORMS))
     shape = output.shape[2:] if second else output.shape[1:-1]
     return int(shape.numel())
@@ -44,6 +46,7 @@ def watch_positions(
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
+            output = output[0] if isinstance(output, tuple) and output else output
             if active() and isinstance(output, Tensor):
                 positions[name] = positions.get(name, 0) + output_positions(module, output)
 
@@ -56,7 +59,8 @@ def channel_cost(module: nn.Module, is_output: bool, positions: int, unit: str) 
     """MACs or parameters of one output (or input) channel of a layer, as Torch-Pruning's counter counts them.
 
     Args:
-        module: Conv (any kind), Linear or channel norm; other layers cost nothing.
+        module: Conv (any kind), Linear, channel norm or ``nn.MultiheadAttention``, whose inputs and outputs are
+            pruned together and are counted as outputs; other layers cost nothing.
         is_output: count an output channel (a filter) or an input channel.
         positions: of the layer's output, see :func:`output_positions`.
         unit: ``"macs"`` or ``"params"``.
@@ -68,6 +72,11 @@ def channel_cost(module: nn.Module, is_output: bool, positions: int, unit: str) 
     if isinstance(module, CHANNEL_NORMS):
         affine = getattr(module, "weight", None) is not None
         return float((1 + affine) * positions if unit == "macs" else 2 * affine)
+    if isinstance(module, nn.MultiheadAttention):
+        if not is_output:
+            return 0.0
+        weights = 8 * module.embed_dim + 4 * (module.in_proj_bias is not None)  # both sides of four projections
+        return float(positions * (weights + 1 + 2 * positions) if unit == "macs" else weights)
     if isinstance(module, nn.Linear):
         weights = module.in_features if is_output else module.out_features
     elif isinstance(module, nn.modules.conv._ConvNd):

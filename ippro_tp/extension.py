@@ -50,15 +50,16 @@ class LiteralExtension(nn.Module):
         return self.D.view(shape) * x - self.D_bar.view(shape) * x + self.sigma(x)
 
 
-def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int) -> Tensor:
+def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int, samples: int = 0) -> Tensor:
     """Sum ``grad * value`` over all positions, for each sample and channel.
 
     Args:
         grad: gradient, any floating dtype.
         value: tensor of the same shape; ``None`` for ones.
-        axis: the channel axis (not 0).
-        batch: number of samples. Dimension 0 may hold several rows a sample, batch-major, as in windowed
+        axis: the channel axis (not that of the samples).
+        batch: number of samples. Their dimension may hold several rows a sample, batch-major, as in windowed
             attention; they are summed.
+        samples: the axis of the samples.
 
     Returns:
         ``(batch, channels)``, float32 or wider.
@@ -73,9 +74,11 @@ def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int) -> Te
     """
     if grad.dtype in (torch.float16, torch.bfloat16):
         grad, value = grad.float(), None if value is None else value.float()
-    rest = [i for i in range(1, grad.dim()) if i != axis % grad.dim()]
+    axis %= grad.dim()
+    rest = [i for i in range(grad.dim()) if i not in (axis, samples)]
     product = grad if value is None else grad * value
     sums = product.sum(rest) if rest else product
+    sums = sums if samples < axis else sums.T
     if sums.shape[0] == batch:
         return sums
     if sums.shape[0] % batch:
@@ -99,6 +102,7 @@ class Tap:
         gradients: send ``(2, batch, channels)``, the sums of g x and those of g.
         affine: ``(scale, shift)``, each ``(channels,)``: x is ``scale * value + shift``. A BatchNorm's output is
             read this way from its input, which autograd keeps in any case: x itself may be freed or overwritten.
+        samples: the axis of the samples.
     """
 
     def __init__(
@@ -111,8 +115,10 @@ class Tap:
         name: str,
         gradients: bool = False,
         affine: tuple[Tensor, Tensor] | None = None,
+        samples: int = 0,
     ) -> None:
         self.axis, self.batch, self.name, self._gradients = axis, batch, name, gradients
+        self._samples = samples
         self.affine = affine
         self._sink = sink
         self._value: Tensor | None = value.detach()
@@ -155,12 +161,13 @@ class Tap:
                 "Python (a scripted or custom op). Run the calibration with its plain PyTorch version."
             )
         with torch.no_grad():
-            sums = sample_sums(grad, value, self.axis, self.batch)
+            where = self.axis, self.batch, self._samples
+            sums = sample_sums(grad, value, *where)
             if self._gradients:
-                sums = torch.stack([sums, sample_sums(grad, None, self.axis, self.batch)])
+                sums = torch.stack([sums, sample_sums(grad, None, *where)])
             elif self.affine is not None:
                 scale, shift = self.affine
-                sums = sums * scale + sample_sums(grad, None, self.axis, self.batch) * shift
+                sums = sums * scale + sample_sums(grad, None, *where) * shift
             self._sink(sums)
 
 

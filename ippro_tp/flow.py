@@ -35,6 +35,7 @@ MIXING = frozenset({
 })
 """Functions after which channels are no longer what they were."""
 # fmt: on
+_MOVES = frozenset({"transpose", "swapaxes", "swapdims", "permute"})
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class ChannelFlow:
 
     def __init__(self) -> None:
         self._labels = WeakTensorKeyDictionary()
+        self._samples = WeakTensorKeyDictionary()  # axis of the samples, where it is not 0
         self.crossed: set[frozenset[str]] = set()  # layers whose channels met along different axes
 
     def __getitem__(self, x: Any) -> Label | None:
@@ -105,6 +107,30 @@ class ChannelFlow:
             self._labels[x] = label
         else:
             self._labels.pop(x, None)
+
+    def samples(self, x: Any) -> int:
+        """The axis along which the samples of the batch lie: 0 unless they were moved, as for ``(L, N, E)``."""
+        axis: int = self._samples.get(x, 0) if isinstance(x, Tensor) and self._samples else 0
+        return axis
+
+    def copy_samples(self, x: Any, out: Any) -> None:
+        """Give ``out``, made of ``x``, the samples' axis of ``x``."""
+        if (axis := self.samples(x)) and isinstance(out, Tensor):
+            self._samples[out] = axis
+
+    def follow_samples(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note where the samples lie in the result of the function called ``name``."""
+        if not self._samples and name not in _MOVES:
+            return
+        given = [*args, *kwargs.values()]
+        flat = [t for x in given for t in (x if isinstance(x, (tuple, list)) else (x,)) if isinstance(t, Tensor)]
+        x = next((t for t in flat if self.samples(t)), flat[0] if flat else None)
+        if x is None:
+            return
+        axis = self.samples(x)
+        for part in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(part, Tensor) and (now := _carry_samples(name, x, axis, args, kwargs, part)):
+                self._samples[part] = now
 
     def propagate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Label the result of ``func(*args, **kwargs)``."""
@@ -172,12 +198,8 @@ def _carry(
 ) -> Label | None:
     """The label of ``out``, computed from ``x`` alone; ``None`` where channels cannot be followed."""
     axis, size = label.axis, x.shape[label.axis]
-    if name in ("transpose", "swapaxes", "swapdims") and len(args) >= 3:
-        a, b = int(args[1]) % x.dim(), int(args[2]) % x.dim()
-        return replace(label, axis={a: b, b: a}.get(axis, axis))
-    if name == "permute":
-        dims = kwargs.get("dims", args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:])
-        return replace(label, axis=[int(d) % x.dim() for d in dims].index(axis))
+    if (moved := _moved(name, x, axis, args, kwargs)) is not None:
+        return replace(label, axis=moved)
     if name in ("__get__", "t") and out.dim() == 2 and x.dim() == 2 and out.shape == x.shape[::-1]:
         return replace(label, axis=1 - axis) if out.shape != x.shape else None
     if name in ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze"):
@@ -194,6 +216,38 @@ def _carry(
         gone = {int(d) % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
         return None if axis in gone else replace(label, axis=axis - sum(d < axis for d in gone))
     return None
+
+
+def _moved(name: str, x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Where transpose or permute puts an axis; ``None`` for other functions."""
+    if name in ("transpose", "swapaxes", "swapdims") and len(args) >= 3:
+        a, b = int(args[1]) % x.dim(), int(args[2]) % x.dim()
+        return {a: b, b: a}.get(axis, axis)
+    if name == "permute":
+        dims = kwargs.get("dims", args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:])
+        return [int(d) % x.dim() for d in dims].index(axis)
+    return None
+
+
+def _carry_samples(
+    name: str, x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> int:
+    """The samples' axis of ``out``, computed from ``x``; 0 where it cannot be followed."""
+    if (moved := _moved(name, x, axis, args, kwargs)) is not None:
+        return moved
+    if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
+        before = math.prod(x.shape[:axis])
+        fits = (i for i in range(out.dim()) if math.prod(out.shape[:i]) == before)
+        return next((i for i in fits if out.shape[i] == x.shape[axis]), 0)
+    if name == "stack":
+        dim = int(kwargs.get("dim", args[1] if len(args) > 1 else 0)) % out.dim()
+        return axis + (dim <= axis)
+    if out.dim() < x.dim():  # a reduction or an index
+        first = args[1] if len(args) > 1 else kwargs.get("dim")
+        first = first[0] if isinstance(first, (tuple, list)) and first else first
+        leading = isinstance(first, int) and (name == "__getitem__" or first % x.dim() < axis)
+        axis -= (x.dim() - out.dim()) * leading
+    return axis if out.dim() > axis else 0
 
 
 def _reshaped(label: Label, x: Tensor, out: Tensor) -> Label | None:

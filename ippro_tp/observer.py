@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ObservationError
 from .extension import Tap, require_grad
@@ -27,6 +28,8 @@ from .groups import CHANNEL_NORMS
 _NORM_CALLS = {"batch_norm", "instance_norm", "group_norm"}
 _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "threshold_"}
 """Activations that either leave a value as it is or let no gradient through."""
+_PRODUCTS = {"mul", "mul_", "__imul__", "multiply", "multiply_"}
+_SCALINGS = {*_PRODUCTS, "div", "div_", "__itruediv__", "true_divide", "divide", "add", "add_", "__iadd__"}
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
 
@@ -153,6 +156,7 @@ class Observer(TorchFunctionMode):
         self._taps: dict[str, list[Tap]] = {}
         self._by_storage: dict[int, list[weakref.ref[Tap]]] = {}
         self._fresh: tuple[weakref.ref[Tensor], Tap] | None = None  # tap of the tensor that nobody has read yet
+        self._gates = WeakTensorKeyDictionary()  # what came of an activation: (its site, its tap)
         self._dirty: list[Pass] = []
         self._signature: tuple[object, ...] | None = None
         self.sites: tuple[Site, ...] = ()
@@ -250,6 +254,7 @@ class Observer(TorchFunctionMode):
         self._taps = {}
         self._by_storage = {}
         self._fresh = None
+        self._gates = WeakTensorKeyDictionary()
 
     def _enter_layer(self, name: str, module: nn.Module) -> Callable[..., None]:
         is_norm = isinstance(module, CHANNEL_NORMS)
@@ -277,6 +282,7 @@ class Observer(TorchFunctionMode):
                 return None
             branch = require_grad(x).view_as(x)
             self._flow.set(branch, label)
+            self._flow.copy_samples(x, branch)
             axis = _channel_axis(module, branch)
             rest = [i for i in range(branch.dim()) if i != axis]
             total = branch.detach().sum(rest, dtype=torch.promote_types(branch.dtype, torch.float32))
@@ -285,7 +291,9 @@ class Observer(TorchFunctionMode):
             before = self._pass.reads.get(name)
             self._pass.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
             sink = self._sink(self._pass.inputs, name, self._pass)
-            self._register(Tap(branch, branch, axis, self._pass.batch, sink, name, gradients=True))
+            self._register(
+                Tap(branch, branch, axis, self._pass.batch, sink, name, True, samples=self._flow.samples(x))
+            )
             return (branch, *args[1:])
 
         return hook
@@ -312,6 +320,7 @@ class Observer(TorchFunctionMode):
                 return self._norm_output(name, args[0], first)
             tapped = require_grad(first)
             axis = _channel_axis(module, tapped)
+            self._flow.copy_samples(first, tapped)
             self._flow.set(tapped, Label(axis, (Span(name, 0, tapped.shape[axis]),)))
             self._tap_output(name, tapped, axis)
             return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
@@ -350,9 +359,15 @@ class Observer(TorchFunctionMode):
         if name in ACTIVATIONS and isinstance(x, Tensor) and self._flow[x] is not None:
             return self._activation(name, inplace, x, func, args, kwargs)
         fresh, self._fresh = self._fresh, None
+        gated = self._gated(name, args) if name in _SCALINGS else None
         if inplace and isinstance(x, Tensor):
             self._save_from_overwriting(x)
+            if gated is not None and gated[1] is x:
+                gated = gated[0], x.detach().clone()
         out = func(*args, **kwargs)
+        self._flow.follow_samples(name, args, kwargs, out)
+        if gated is not None:
+            out = self._follow_gate(*gated, out)
         if name in _NORM_CALLS and self._norms and self._norms[-1] is not None:
             layer, self._norms[-1] = self._norms[-1], None
             return self._norm_output(layer, x, out, _affine_norm(func, args, kwargs))
@@ -385,20 +400,73 @@ class Observer(TorchFunctionMode):
             if extended and affine is None:
                 value = x.detach().clone()
         out: Tensor = func(*args, **kwargs)
+        self._flow.copy_samples(x, out)
         if masked and source is not None:
             source.accept_overwriting()
         self._flow.set(out, label)
         if not spans or out.shape != x.shape:
+            if (gate := self._gates.get(x)) is not None:
+                self._gates[out] = gate  # Mish: tanh of softplus
             return out
         self._open -= {span.layer for span in spans}
-        site = Site(f"{name.rstrip('_')} #{len(self._pass.sites)}", Label(label.axis, spans))
+        number = len(self._pass.sites)
+        site = Site(f"{name.rstrip('_')} #{number}", Label(label.axis, spans))
         self._pass.sites.append(site)
+        tap = None
         if extended:
             for span in spans:
                 self._close(span.layer)
-            sink = self._sink(self._pass.activations, site.name, self._pass)
-            out = require_grad(out)
-            self._register(Tap(value, out, label.axis, self._pass.batch, sink, site.name, affine=affine))
+            out, tap = self._extend(site, value, out, affine)
+        self._gates[out] = number, tap
+        return out
+
+    def _extend(
+        self, site: Site, value: Tensor, out: Tensor, affine: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tap]:
+        """Tap ``out`` = sigma(``value``)."""
+        assert self._pass is not None
+        sink = self._sink(self._pass.activations, site.name, self._pass)
+        samples = self._flow.samples(out)
+        out = require_grad(out)
+        tap = Tap(value, out, site.label.axis, self._pass.batch, sink, site.name, affine=affine, samples=samples)
+        self._register(tap)
+        return out, tap
+
+    def _gated(self, name: str, args: tuple[Any, ...]) -> tuple[tuple[int, Tap | None], Tensor | None] | None:
+        """The activation that a product, or a scaling, has for a factor, and the other factor.
+
+        The other factor has to carry the same channels, position by position: ``x * sigmoid(v * x)`` is one
+        activation, as in Swish or EvoNorm written out; the gate of a squeeze-and-excitation block, which is
+        broadcast, or made by other layers, is none.
+        """
+        if len(args) != 2:
+            return None
+        for gate, other in ((args[0], args[1]), (args[1], args[0])):
+            found = self._gates.get(gate) if isinstance(gate, Tensor) else None
+            if found is None:
+                continue
+            if isinstance(other, (int, float)):
+                return found, None
+            if name not in _PRODUCTS or not isinstance(other, Tensor) or other in self._gates:
+                continue
+            if other.shape == gate.shape and self._flow[other] == self._flow[gate] is not None:
+                return found, other
+        return None
+
+    def _follow_gate(self, gate: tuple[int, Tap | None], value: Tensor | None, out: Any) -> Any:
+        """Move the site of an activation to the product with its own argument; hand it on where it is scaled."""
+        number, tap = gate
+        if value is None:
+            self._gates[out] = gate
+            return out
+        assert self._pass is not None
+        site = self._pass.sites[number]
+        self._pass.sites[number] = site = Site(f"x * {site.name}", site.label)
+        if tap is not None:
+            tap.close()
+            label = self._flow[value]
+            out, _ = self._extend(site, value, out)
+            self._flow.set(out, label)
         return out
 
     # -- taps ------------------------------------------------------------------------------------------------
@@ -417,7 +485,8 @@ class Observer(TorchFunctionMode):
         if name in self.untapped:
             return
         sink = self._sink(self._pass.outputs, name, self._pass)
-        tap = Tap(y if value is None else value, y, axis, self._pass.batch, sink, name, affine=affine)
+        value, samples = y if value is None else value, self._flow.samples(y)
+        tap = Tap(value, y, axis, self._pass.batch, sink, name, affine=affine, samples=samples)
         self._taps.setdefault(name, []).append(tap)
         self._register(tap)
         self._fresh = weakref.ref(y), tap

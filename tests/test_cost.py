@@ -94,3 +94,34 @@ def test_a_callable_cost_is_used_and_checked():
     imp.cost, imp._costs = (lambda record, model: 0.0), None
     with pytest.raises(ValueError, match="positive"):
         imp(next(groups_of(pruner)))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_cost_of_attention_is_the_slope_of_the_counters(unit, batch_first):
+    """The count is a polynomial of degree two in the embedding: a symmetric difference is its slope."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.embed = torch.nn.Linear(3, width)
+            self.attention = torch.nn.MultiheadAttention(width, 2, batch_first=batch_first)
+            self.fc = torch.nn.Linear(width, 4)
+
+        def forward(self, x):
+            y = self.embed(x)
+            y = y if batch_first else y.transpose(0, 1)
+            y = self.attention(y, y, y)[0]
+            return self.fc(y.mean(1 if batch_first else 0))
+
+    x = torch.randn(1, 5, 3)
+    counts = [tp.utils.count_ops_and_params(Net(width), x)[unit == "params"] for width in (6, 8, 10)]
+    imp = PROImportance(cost=unit)
+    model = Net(8).eval()
+    pruner = tp.pruner.BasePruner(
+        model, x, importance=imp, ignored_layers=[model.fc], in_channel_groups={}, out_channel_groups={},
+        num_heads={}, channel_groups={}, root_module_types=[torch.nn.Linear],
+    )  # fmt: skip
+    imp.calibrate(pruner, [x.expand(2, -1, -1)], progress=False)
+    (group,) = groups_of(pruner)
+    assert exponentless(imp, group) == pytest.approx((counts[2] - counts[0]) / 4, rel=0.02)

@@ -240,3 +240,63 @@ def test_weights_before_a_batchnorm_in_train_mode_have_no_radial_gradient():
     grad = imp._sums["grad/stem.weight"].flatten(1)
     radial = (grad * model.stem.weight.detach().flatten(1)).sum(1)
     assert radial.abs().max() < 1e-4 * grad.norm(dim=1).max()
+
+
+WRITTEN_OUT = {
+    "product": (F.silu, lambda x: x * torch.sigmoid(x)),
+    "gate first": (F.silu, lambda x: torch.sigmoid(x).mul(x)),
+    "in place": (F.silu, lambda x: x.mul_(torch.sigmoid(x))),
+    "scaled gate": (F.hardswish, lambda x: x * (F.relu6(x + 3) / 6)),
+    "mish": (F.mish, lambda x: x * torch.tanh(F.softplus(x))),
+}
+
+
+@pytest.mark.parametrize("estimator", ["paper", "expected"])
+@pytest.mark.parametrize("form", WRITTEN_OUT)
+def test_an_activation_written_as_a_product_is_one_activation(form, estimator):
+    """x * sigmoid(x) is SiLU: the sigmoid alone is no activation of the layer."""
+    builtin, written = WRITTEN_OUT[form]
+
+    class Net(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.fc, self.act = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), act
+
+        def forward(self, x):
+            return self.fc(self.act(self.conv(x)).mean((2, 3)))
+
+    scores, sites = [], []
+    for act in (builtin, written):
+        model = Net(act).double().eval()
+        imp = PROImportance(estimator, 0.1) if estimator == "paper" else PROImportance(cost=None)
+        pruner = make_pruner(model, torch.randn(1, 3, 8, 8, dtype=torch.float64), imp, [model.fc])
+        x, labels = data(size=8, classes=4)
+        imp.calibrate(pruner, [(x, labels)], progress=False)
+        scores.append(imp(next(iter(groups_of(pruner)))))
+        sites += next(iter(imp.report())).sites.values()
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-8)
+    assert sites[1].startswith("x * ")
+
+
+def test_products_that_are_no_activation_keep_their_gate():
+    class Net(nn.Module):
+        """Squeeze and excitation, and a gate that another layer makes."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.squeeze = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+            self.gate, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            y = y * torch.sigmoid(self.squeeze(y.mean((2, 3), keepdim=True)))
+            return self.fc((y * torch.sigmoid(self.gate(x))).mean((2, 3)))
+
+    model = Net().eval()
+    imp = PROImportance()
+    pruner = make_pruner(model, torch.randn(1, 3, 8, 8), imp, [model.fc])
+    imp.calibrate(pruner, [torch.randn(2, 3, 8, 8)], progress=False)
+    names = [site for row in imp.report() for site in row.sites.values() if site is not None]
+    assert names
+    assert not any(name.startswith("x * ") for name in names)

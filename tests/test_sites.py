@@ -78,3 +78,37 @@ def test_channels_that_are_positions_of_another_layer_are_refused():
     with pytest.raises(ObservationError, match=r"'fc1' to 'proj'(.|\n)*ignored_layers"):
         PROImportance().calibrate(pruner([]), [x], progress=False)
     PROImportance().calibrate(pruner([model.proj]), [x], progress=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reference": "mean"}, {"estimator": "paper"}], ids=str)
+@pytest.mark.parametrize("tokens", [4, 6, 3])
+def test_samples_are_told_apart_where_tokens_come_first(tokens, settings):
+    """``batch_first=False`` puts the tokens into dimension 0: as many as samples, a multiple of them, or fewer."""
+
+    class Net(nn.Module):
+        def __init__(self, batch_first):
+            super().__init__()
+            torch.manual_seed(0)
+            self.batch_first, self.embed = batch_first, nn.Linear(3, 8)
+            self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.embed(x)
+            if self.batch_first:
+                return self.fc(self.block(y)[:, 0])
+            return self.fc(self.block(y.transpose(0, 1))[0])
+
+    torch.manual_seed(1)
+    x, labels = torch.randn(2, tokens, 3), torch.randint(4, (2,))
+    scores = []
+    for batch_first in (True, False):
+        model = Net(batch_first).eval()
+        imp = PROImportance(cost=None, **settings)
+        pruner = make_pruner(model, x[:1], imp, [model.fc])
+        with imp.observe(pruner):
+            nn.functional.cross_entropy(model(x), labels).backward()
+        scores.append([imp(group) for group in groups_of(pruner)])
+    assert len(scores[0]) == len(scores[1]) >= 2
+    for one, other in zip(*scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
