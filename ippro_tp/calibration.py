@@ -395,6 +395,7 @@ def _pack_record(record: GroupRecord) -> dict[str, Any]:
         "consumers": pack(record.consumers),
         "problems": list(record.problems),
         "members": list(record.members),
+        "tied": record.tied,
     }
 
 
@@ -406,4 +407,5 @@ def _unpack_record(packed: Mapping[str, Any]) -> GroupRecord:
         tuple(Layer(**x) for x in packed["consumers"]),
         tuple(packed["problems"]),
         tuple(packed.get("members", ())),
+        packed.get("tied"),
     )

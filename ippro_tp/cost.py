@@ -92,7 +92,7 @@ def channel_cost(module: nn.Module, is_output: bool, positions: int, unit: str) 
 
 
 def group_cost(record: GroupRecord, model: nn.Module, positions: Mapping[str, int], unit: str = "macs") -> float:
-    """Cost of one channel of a group: over all its producers and consumers.
+    """Cost of one channel of a group (of all channels that go with it): over all its producers and consumers.
 
     Args:
         record: the group.
@@ -101,7 +101,7 @@ def group_cost(record: GroupRecord, model: nn.Module, positions: Mapping[str, in
         unit: ``"macs"`` or ``"params"``.
 
     Returns:
-        MACs (or parameters) for one position of the group.
+        MACs (or parameters) for one position of the group, tied ones as one.
     """
 
     def total(layers: Iterable[Layer], is_output: bool) -> float:
@@ -112,4 +112,4 @@ def group_cost(record: GroupRecord, model: nn.Module, positions: Mapping[str, in
             if layer.name in positions
         )
 
-    return (total(record.producers, True) + total(record.consumers, False)) / record.width
+    return (total(record.producers, True) + total(record.consumers, False)) / record.units

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch_pruning._helpers import _HybridIndex as HybridIndex
 
 from .errors import StaleStatisticsError
 
@@ -81,6 +83,8 @@ class GroupRecord:
         consumers: Conv and Linear layers whose input channels belong to it.
         problems: index maps of Torch-Pruning that cannot be right and were left out, in words.
         members: name of each item's layer in the group's order, ``""`` for operations; empty if not known.
+        tied: ``(width,)`` int64, the first of the positions that only go together with each one, as the halves of
+            a gated linear unit do; ``None`` where every position can go alone.
     """
 
     key: str
@@ -89,6 +93,24 @@ class GroupRecord:
     consumers: tuple[Layer, ...]
     problems: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
+    tied: Tensor | None = None
+
+    @cached_property
+    def joined(self) -> GroupRecord:
+        """The record in which the layers of tied positions all stand at the first of them."""
+        if self.tied is None:
+            return self
+        tied = self.tied
+
+        def at_first(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+            return tuple(replace(layer, root=tied[layer.root]) for layer in layers)
+
+        return replace(self, producers=at_first(self.producers), consumers=at_first(self.consumers))
+
+    @cached_property
+    def units(self) -> int:
+        """How many of the positions can go one by one."""
+        return self.width if self.tied is None else len(self.tied.unique())
 
 
 def group_key(group: Any) -> str:
@@ -143,6 +165,56 @@ def is_unchanged(record: GroupRecord, group: Any) -> bool:
     return all(graph.get_out_channels(graph.model.get_submodule(p.name)) == p.channels for p in record.producers)
 
 
+def _tied(group: Any) -> Tensor | None:
+    """Which positions Torch-Pruning removes together, although its full group lists them one by one.
+
+    Where positions meet (the halves of a gated linear unit in a product) an item lists the index of the first
+    comer only, or several times; removing one position removes the others all the same. So the edges are walked
+    once more, and positions that reach the same index of the same layer are united. Groups whose items all list
+    every position, at an index of its own, are not walked: nothing has met.
+    """
+    root_idxs = list(group[0][1])
+    everything = set(root_idxs)
+    reached: dict[tuple[Any, Any], list[Any]] = {}
+    met = False
+    for item in group:
+        (dep, idxs), roots = item, getattr(item, "root_idxs", None)
+        if not roots or None in roots:
+            continue
+        if roots != root_idxs:
+            met = met or not everything.issubset(roots) or len(set(idxs)) < len(idxs)
+        reached[dep.target, dep.handler] = [HybridIndex(*pair) for pair in zip(idxs, roots, strict=True)]
+    if not met:
+        return None
+    first = {root: root for root in root_idxs}
+
+    def find(root: int) -> int:
+        while first[root] != root:
+            first[root] = root = first[first[root]]
+        return root
+
+    def unite(known: dict[int, int], indices: list[Any]) -> None:
+        for idx, root in indices:
+            if root in first and known.get(idx, root) in first:
+                one, other = find(root), find(known.get(idx, root))
+                first[max(one, other)] = min(one, other)
+
+    roots_at = {key: dict(indices) for key, indices in reached.items()}
+    for (node, handler), indices in reached.items():
+        unite(roots_at[node, handler], indices)
+        for dep in node.dependencies:
+            there = roots_at.get((dep.target, dep.handler))
+            if there is None or not dep.is_triggered_by(handler):
+                continue
+            mapped = indices
+            for mapping in dep.index_mapping:
+                mapped = mapping(mapped) if mapping is not None else mapped
+            unite(there, mapped)
+    position = {root: at for at, root in enumerate(root_idxs)}
+    tied = torch.tensor([position[find(root)] for root in root_idxs])
+    return None if torch.equal(tied, torch.arange(len(tied))) else tied
+
+
 def read_group(group: Any) -> GroupRecord:
     """Turn a ``torch_pruning`` group, full or partial, into index tensors.
 
@@ -186,6 +258,7 @@ def read_group(group: Any) -> GroupRecord:
         tuple(consumers.values()),
         tuple(problems),
         _members(group),
+        _tied(group) if not problems else None,  # where indices cannot be right, nor can what they meet
     )
 
 

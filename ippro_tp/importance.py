@@ -134,7 +134,7 @@ class GradientObservation:
         return Wiring(self._observer.sites, self._observer.norm_of, seen)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        self._records = list(self._groups(args, kwargs))
+        self._records = [record.joined for record in self._groups(args, kwargs)]
         names = list(dict.fromkeys(p.name for record in self._records for p in record.producers))
         if not names:
             raise ObservationError(
@@ -326,9 +326,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         key = record.key
         if self.estimator == "paper" or key not in self._cache:  # Eq. 4 reads the weights, which may be training
             scores = self._make_estimator("mean").scores(
-                self._sums, record, self._wiring, self.group_reduction, model
+                self._sums, record.joined, self._wiring, self.group_reduction, model
             )
-            self._cache[key] = scores.float()
+            self._cache[key] = (scores if record.tied is None else scores[record.tied.to(scores.device)]).float()
         return self._cache[key]
 
     def _relative_cost(self, record: GroupRecord, model: nn.Module) -> float:

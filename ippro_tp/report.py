@@ -41,7 +41,8 @@ class GroupReport:
         record: GroupRecord, scores: Tensor, sites: Mapping[str, str | None], unseen: tuple[str, ...]
     ) -> GroupReport:
         """Summarise ``(width,)`` scores of a record."""
-        _, counts = scores.unique(return_counts=True)
+        alone = scores if record.tied is None else scores[record.tied.unique().to(scores.device)]
+        _, counts = alone.unique(return_counts=True)
         notes = [f"index map left out: {problem}" for problem in record.problems]
         notes += [f"never called: {name}" for name in unseen]
         return GroupReport(

@@ -41,6 +41,11 @@ def ties_of(pruner: Any | None, group: Any, record: GroupRecord, positions: Tens
         positions: ``(len(group[0].idxs),)`` where in ``record`` each asked channel stands.
     """
     # Torch-Pruning numbers tied channels as they stand in the group that asks.
+    if record.tied is not None:
+        unit = torch.unique(record.tied, return_inverse=True)[1]
+        alone = pruner is not None and not pruner.global_pruning and not pruner.isomorphic
+        kept = _kept(pruner, group, record.width) if alone else None
+        return [Ties(unit, record.units, None if kept is None else kept * record.units // record.width or None)]
     place = torch.arange(record.width)
     if positions.numel() == record.width:
         place[positions] = torch.arange(record.width)

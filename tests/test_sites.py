@@ -1,12 +1,14 @@
 """Which layers carry a group's score, in nets where that is not obvious."""
 
+import copy
+
 import pytest
 import torch
 import torch_pruning as tp
 from torch import nn
 
-from ippro_tp import ObservationError, PROImportance
-from ippro_tp.groups import groups_of
+from ippro_tp import ObservationError, PROImportance, SpaSPImportance
+from ippro_tp.groups import groups_of, read_group
 
 from .nets import make_pruner
 
@@ -112,3 +114,101 @@ def test_samples_are_told_apart_where_tokens_come_first(tokens, settings):
     assert len(scores[0]) == len(scores[1]) >= 2
     for one, other in zip(*scores, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+class Gated(nn.Module):
+    """A gated linear unit of one Linear layer: rows i and i + 6 go together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc1, self.fc2, self.fc = (
+            nn.Linear(3, 8),
+            nn.Linear(8, 12),
+            nn.Linear(6, 8),
+            nn.Linear(8, 4),
+        )
+
+    def forward(self, x):
+        y = self.embed(x)
+        a, b = self.fc1(y).chunk(2, dim=-1)
+        return self.fc(y + self.fc2(a * b.sigmoid()))
+
+
+class Halves(nn.Module):
+    """Halves of a convolution's output are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.next, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        a, b = self.conv(x.view(-1, 3, 1, 1).expand(-1, -1, 4, 4)).split(4, 1)
+        return self.fc(self.next(a + b.relu()).mean((2, 3)))
+
+
+class Folded(nn.Module):
+    """A Linear layer whose outputs become maps: four positions make one channel of the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.fc = nn.Linear(3, 24), nn.ConvTranspose2d(6, 8, 2), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.up(self.stem(x).view(-1, 6, 2, 2)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("net", [Gated, Halves, Folded])
+def test_positions_that_go_together_have_one_score(net):
+    """As Torch-Pruning removes them, one at a time; their score is that of scaling them jointly."""
+    torch.manual_seed(0)
+    model = net().double().eval()
+    x, labels = torch.randn(5, 3, dtype=torch.float64), torch.randint(4, (5,))
+    imp = PROImportance(cost=None)
+    pruner = make_pruner(model, x[:1], imp, [model.fc])
+    with imp.observe(pruner):
+        nn.functional.cross_entropy(model(x), labels).backward()
+    met = 0
+    for group in list(groups_of(pruner)):
+        record, scores = read_group(group), imp(group)
+        tied = record.tied if record.tied is not None else torch.arange(record.width)
+        met += record.tied is not None
+        module, handler = group[0].dep.target.module, group[0].dep.handler
+        for i in range(record.width):
+            alone = pruner.DG.get_pruning_group(module, handler, [i])
+            gone = {j for item in alone if item.dep == alone[0].dep for j in item.idxs}
+            assert gone == set((tied == tied[i]).nonzero().view(-1).tolist())
+        for unit in tied.unique().tolist():
+            torch.testing.assert_close(scores[tied == unit], scores[unit].expand(int((tied == unit).sum())))
+            expected = joint_offset(model, record, (tied == unit).nonzero().view(-1), x, labels)
+            torch.testing.assert_close(scores[unit].double(), expected, rtol=1e-3, atol=1e-9)
+    assert met == 1
+
+
+def joint_offset(model, record, positions, x, labels, step=1e-5):
+    """Mean size of the derivative of each sample's loss by the scale of all rows at ``positions``."""
+    losses = []
+    for factor in (1 + step, 1 - step):
+        scaled = copy.deepcopy(model)
+        for layer in record.producers:
+            rows = layer.index[torch.isin(layer.root, positions)]
+            module = scaled.get_submodule(layer.name)
+            with torch.no_grad():
+                if isinstance(module, nn.ConvTranspose2d):
+                    module.weight[:, rows] *= factor
+                else:
+                    module.weight[rows] *= factor
+                module.bias[rows] *= factor
+        losses.append(nn.functional.cross_entropy(scaled(x), labels, reduction="none").detach())
+    return ((losses[0] - losses[1]) / (2 * step)).abs().mean()
+
+
+@pytest.mark.parametrize("make", [PROImportance, SpaSPImportance], ids=["pro", "spasp"])
+def test_half_of_a_gated_unit_is_half(make):
+    torch.manual_seed(0)
+    model = Gated().eval()
+    imp = make()
+    pruner = make_pruner(model, torch.randn(1, 3), imp, [model.fc, model.embed, model.fc2], pruning_ratio=0.5)
+    imp.calibrate(pruner, [torch.randn(8, 3)], progress=False)
+    pruner.step()
+    assert (model.fc1.out_features, model.fc2.in_features) == (6, 3)
+    model(torch.randn(2, 3))
