@@ -141,7 +141,8 @@ class ChannelFlow:
         if name in ("cat", "concat", "concatenate"):
             self._concat(first, args, kwargs, out)
             return
-        labelled = [(x, label) for x in (*args, *kwargs.values()) if (label := self[x]) is not None]
+        operands = (first,) if name.endswith("_as") else (*args, *kwargs.values())  # the others give a shape
+        labelled = [(x, label) for x in operands if (label := self[x]) is not None]
         if not labelled:
             return
         x, label = labelled[0]

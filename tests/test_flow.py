@@ -121,3 +121,14 @@ def test_labels_die_with_their_tensors():
     flow.set(x, Label(1, (Span("x", 0, 3),)))
     del x
     assert len(flow._labels) == 0
+
+
+def test_a_tensor_that_only_lends_its_shape_lends_no_channels():
+    """LeViT: BatchNorm of flattened tokens, shaped back like its input."""
+    tokens = channels(2, (2, 4, 6))
+    flow, flat = ChannelFlow(), tokens.flatten(0, 1)
+    flow.set(tokens, Label(2, (Span("linear", 0, 6),)))
+    flow.set(flat, Label(1, (Span("norm", 0, 6),)))
+    out = flat.reshape_as(tokens)
+    flow.propagate(torch.Tensor.reshape_as, (flat, tokens), {}, out)
+    assert flow[out] == Label(2, (Span("norm", 0, 6),))
