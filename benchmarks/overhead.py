@@ -28,6 +28,7 @@ from benchmarks.scores import prunable_groups
 from benchmarks.tasks.base import Batch
 from ippro_tp import Compensation, PROImportance, SpaSPImportance
 from ippro_tp.extension import require_grad
+from ippro_tp.groups import groups_of, read_group
 
 FORWARD, BOTH, ACTIVATIONS = "forward", "forward + backward", "gradients of activations"
 MODELS = ("resnet56", "resnet50", "mobilenet_v2", "convnext_tiny", "vit_small_patch16_224")
@@ -297,9 +298,11 @@ def comparison(config: OverheadConfig):
         subject = build_subject(name, config)
         found = measure(subject, arms)
         images = subject.batches[0][0]
+        once = timed(lambda subject=subject: [read_group(g) for g in groups_of(subject.pruner)], config)[0]
         yield (
             f"{name}: {subject.parameters / 1e6:.1f} M parameters, {len(subject.batches)} batches of "
-            f"{len(images)} at {images.shape[-1]} x {images.shape[-1]}\n\n{table(found, arms)}"
+            f"{len(images)} at {images.shape[-1]} x {images.shape[-1]}. Reading Torch-Pruning's groups, which "
+            f"PRO and i-SpaSP do once however many batches follow, takes {once:.3f} s.\n\n{table(found, arms)}"
             f"{_floor(subject, found, arms, bandwidth)}"
         )
 

@@ -175,17 +175,16 @@ def _tied(group: Any) -> Tensor | None:
     """
     root_idxs = list(group[0][1])
     everything = set(root_idxs)
-    reached: dict[tuple[Any, Any], list[Any]] = {}
-    met = False
-    for item in group:
-        (dep, idxs), roots = item, getattr(item, "root_idxs", None)
-        if not roots or None in roots:
-            continue
-        if roots != root_idxs:
-            met = met or not everything.issubset(roots) or len(set(idxs)) < len(idxs)
-        reached[dep.target, dep.handler] = [HybridIndex(*pair) for pair in zip(idxs, roots, strict=True)]
-    if not met:
+    listed = [item for item in group if getattr(item, "root_idxs", None) and None not in item.root_idxs]
+    if not any(
+        item.root_idxs != root_idxs
+        and (not everything.issubset(item.root_idxs) or len(set(item.idxs)) < len(item.idxs))
+        for item in listed
+    ):
         return None
+    reached = {
+        (item.dep.target, item.dep.handler): list(map(HybridIndex, item.idxs, item.root_idxs)) for item in listed
+    }
     first = {root: root for root in root_idxs}
 
     def find(root: int) -> int:
