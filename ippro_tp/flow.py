@@ -35,7 +35,7 @@ MIXING = frozenset({
 })
 """Functions after which channels are no longer what they were."""
 # fmt: on
-_MOVES = frozenset({"transpose", "swapaxes", "swapdims", "permute"})
+_MOVES = frozenset({"transpose", "swapaxes", "swapdims", "permute", "unsqueeze", "stack", "view", "reshape"})
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ChannelFlow:
 
     def __init__(self) -> None:
         self._labels = WeakTensorKeyDictionary()
-        self._samples = WeakTensorKeyDictionary()  # axis of the samples, where it is not 0
+        self._samples = WeakTensorKeyDictionary()  # axis of the samples, of tensors that hold them
         self.crossed: set[frozenset[str]] = set()  # layers whose channels met along different axes
 
     def __getitem__(self, x: Any) -> Label | None:
@@ -108,29 +108,38 @@ class ChannelFlow:
         else:
             self._labels.pop(x, None)
 
-    def samples(self, x: Any) -> int:
-        """The axis along which the samples of the batch lie: 0 unless they were moved, as for ``(L, N, E)``."""
-        axis: int = self._samples.get(x, 0) if isinstance(x, Tensor) and self._samples else 0
-        return axis
+    def samples(self, x: Tensor, batch: int) -> int:
+        """The axis along which ``batch`` samples lie: 0 unless they were moved, as for ``(L, N, E)``."""
+        axis: int = self._samples.get(x, 0)
+        return axis if axis < x.dim() and x.shape[axis] % batch == 0 else 0
 
-    def copy_samples(self, x: Any, out: Any) -> None:
+    def start_samples(self, inputs: Any) -> None:
+        """Note the model's inputs, samples along axis 0. What does not come of them (masks, tables) has none."""
+        for x in inputs.values() if isinstance(inputs, dict) else inputs:
+            if isinstance(x, Tensor):
+                self._samples[x] = 0
+            elif isinstance(x, (tuple, list, dict)):
+                self.start_samples(x)
+
+    def copy_samples(self, x: Tensor, out: Any) -> None:
         """Give ``out``, made of ``x``, the samples' axis of ``x``."""
-        if (axis := self.samples(x)) and isinstance(out, Tensor):
-            self._samples[out] = axis
+        if out is not x and isinstance(out, Tensor) and x in self._samples:
+            self._samples[out] = self._samples[x]
 
     def follow_samples(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note where the samples lie in the result of the function called ``name``."""
-        if not self._samples and name not in _MOVES:
+        known: Tensor | None = None
+        for given in (*args, *kwargs.values()):
+            for x in given if isinstance(given, (tuple, list)) else (given,):
+                if isinstance(x, Tensor) and x in self._samples and (known is None or x.dim() > known.dim()):
+                    known = x
+        if known is None:
             return
-        given = [*args, *kwargs.values()]
-        flat = [t for x in given for t in (x if isinstance(x, (tuple, list)) else (x,)) if isinstance(t, Tensor)]
-        x = next((t for t in flat if self.samples(t)), flat[0] if flat else None)
-        if x is None:
-            return
-        axis = self.samples(x)
+        axis: int = self._samples[known]
         for part in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(part, Tensor) and (now := _carry_samples(name, x, axis, args, kwargs, part)):
-                self._samples[part] = now
+            if isinstance(part, Tensor):
+                moves = axis > 0 or name in _MOVES
+                self._samples[part] = _carry_samples(name, known, axis, args, kwargs, part) if moves else 0
 
     def propagate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Label the result of ``func(*args, **kwargs)``."""

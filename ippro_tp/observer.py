@@ -233,6 +233,7 @@ class Observer(TorchFunctionMode):
             self._watch(args, kwargs)
         self._pass = Pass(batch, self._loss_scale())
         self._flow = ChannelFlow()
+        self._flow.start_samples((args, kwargs))
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current = self._pass
@@ -291,9 +292,8 @@ class Observer(TorchFunctionMode):
             before = self._pass.reads.get(name)
             self._pass.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
             sink = self._sink(self._pass.inputs, name, self._pass)
-            self._register(
-                Tap(branch, branch, axis, self._pass.batch, sink, name, True, samples=self._flow.samples(x))
-            )
+            samples = self._flow.samples(x, self._pass.batch)
+            self._register(Tap(branch, branch, axis, self._pass.batch, sink, name, True, samples=samples))
             return (branch, *args[1:])
 
         return hook
@@ -426,7 +426,7 @@ class Observer(TorchFunctionMode):
         """Tap ``out`` = sigma(``value``)."""
         assert self._pass is not None
         sink = self._sink(self._pass.activations, site.name, self._pass)
-        samples = self._flow.samples(out)
+        samples = self._flow.samples(out, self._pass.batch)
         out = require_grad(out)
         tap = Tap(value, out, site.label.axis, self._pass.batch, sink, site.name, affine=affine, samples=samples)
         self._register(tap)
@@ -485,7 +485,7 @@ class Observer(TorchFunctionMode):
         if name in self.untapped:
             return
         sink = self._sink(self._pass.outputs, name, self._pass)
-        value, samples = y if value is None else value, self._flow.samples(y)
+        value, samples = y if value is None else value, self._flow.samples(y, self._pass.batch)
         tap = Tap(value, y, axis, self._pass.batch, sink, name, affine=affine, samples=samples)
         self._taps.setdefault(name, []).append(tap)
         self._register(tap)

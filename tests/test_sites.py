@@ -85,18 +85,22 @@ def test_channels_that_are_positions_of_another_layer_are_refused():
 @pytest.mark.parametrize("settings", [{}, {"reference": "mean"}, {"estimator": "paper"}], ids=str)
 @pytest.mark.parametrize("tokens", [4, 6, 3])
 def test_samples_are_told_apart_where_tokens_come_first(tokens, settings):
-    """``batch_first=False`` puts the tokens into dimension 0: as many as samples, a multiple of them, or fewer."""
+    """``batch_first=False`` puts the tokens into dimension 0: as many as samples, a multiple of them, or fewer.
+
+    A table that is permuted before it is added (relative positions) moves no samples.
+    """
 
     class Net(nn.Module):
         def __init__(self, batch_first):
             super().__init__()
             torch.manual_seed(0)
+            self.register_buffer("table", torch.randn(tokens, 8, 1))
             self.batch_first, self.embed = batch_first, nn.Linear(3, 8)
             self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
             self.fc = nn.Linear(8, 4)
 
         def forward(self, x):
-            y = self.embed(x)
+            y = self.embed(x) + self.table.permute(2, 0, 1)
             if self.batch_first:
                 return self.fc(self.block(y)[:, 0])
             return self.fc(self.block(y.transpose(0, 1))[0])
