@@ -159,11 +159,13 @@ class Checked(tp.importance.Importance):
 
     Attributes:
         groups: Number of groups asked for.
+        excused: Groups, by key, that may go without scores: the importance has said why.
     """
 
     def __init__(self, importance: Callable) -> None:
         self._importance = importance
         self.groups = 0
+        self.excused: set[str] = set()
 
     def __call__(self, group: Any, **options: Any) -> Tensor | None:
         """Return the scores of ``group``.
@@ -176,7 +178,8 @@ class Checked(tp.importance.Importance):
         self.groups += 1
         root, channels = group[0].dep.target.name, len(group[0].idxs)
         if scores is None:
-            if read_group(group).producers:
+            record = read_group(group)
+            if record.producers and record.key not in self.excused:
                 raise ArithmeticError(f"no score for the group of {root}")
         elif scores.shape != (channels,):
             raise ArithmeticError(f"shape {tuple(scores.shape)} for {channels} channels of {root}")
@@ -324,6 +327,7 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
             pruner = build_pruner(subject, asked, scope)
             before = fingerprint(subject.model)
             calibrate(subject, pruner, importance)
+            asked.excused = {row.root for row in importance.report() if any("not scored" in n for n in row.notes)}
             touched = changes(before, fingerprint(subject.model))
             if touched:
                 result.update(ok=False, error={"type": "Touched", "message": ", ".join(touched[:5])})

@@ -117,6 +117,16 @@ class GradientObservation:
                 stacklevel=2,
             )
 
+    @property
+    def unseen_readers(self) -> dict[str, str]:
+        """Group -> a layer that reads its channels without Torch-Pruning knowing of it."""
+        found: dict[str, str] = {}
+        for name, layers in self._observer.borrowed.items():
+            for record in self._records:
+                if name not in record.members and any(p.name in layers for p in record.producers):
+                    found.setdefault(record.key, name)
+        return found
+
     def _readers(self) -> list[str]:
         if not self._estimator.taps_inputs:
             return []
@@ -287,6 +297,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         self.cost = cost
         self.cost_exponent = power / 2 if cost_exponent is None else cost_exponent
         self._positions: dict[str, int] = {}
+        self._unseen_readers: dict[str, str] = {}
         self._costs: dict[str, float] | None = None
         self._normalize = tp.importance.GroupMagnitudeImportance(normalizer=normalizer)._normalize
         self._wiring = Wiring()
@@ -303,7 +314,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
         Returns:
             ``(len(group[0].idxs),)`` float32 on the device of the group's layers, finite, higher = keep; ``None``
-            only where the group has no producer.
+            only where the group has no producer, or where pruning it would break the model (see
+            ``report()``): a layer reads its channels through its weight alone, ``F.linear(x, self.qkv.weight)``,
+            and Torch-Pruning leaves that layer as it is.
 
         Raises:
             NotCalibratedError: there are no statistics for this group.
@@ -313,6 +326,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         if found is None:
             return None
         record, positions = found
+        if record.key in self._unseen_readers:
+            return None
         model: nn.Module = group._DG.model
         scores = self._group_scores(record, model)
         device = next(iter(model.get_submodule(record.producers[0].name).parameters()), scores).device
@@ -372,7 +387,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             layers = estimator.layers(record, self._wiring)
             sites = {p.name: self._wiring.site_of(p.name) for p in layers if p.name in self._wiring.seen}
             unseen = tuple(p.name for p in record.producers if p.name not in self._wiring.seen)
-            rows.append(GroupReport.of(record, scores, sites, unseen))
+            reader = self._unseen_readers.get(record.key)
+            notes = (f"not scored: {reader} reads it unseen by Torch-Pruning",) if reader is not None else ()
+            rows.append(GroupReport.of(record, scores, sites, unseen, notes))
         return Report(tuple(rows))
 
     # -- calibration -------------------------------------------------------------------------------------------
@@ -407,7 +424,16 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     def _commit(self, observation: GradientObservation) -> None:
         self._wiring = observation.wiring
         self._positions = observation.positions
+        self._unseen_readers = observation.unseen_readers
         self._costs = None
+        for group, reader in self._unseen_readers.items():
+            warnings.warn(
+                f"group {group!r} gets no score and will not be pruned: {reader!r} reads its channels by a call "
+                "with its weight, F.linear(x, weight), which Torch-Pruning does not see. Call the layer itself "
+                "in the model's forward to have the group pruned.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _default_loss(self) -> LossFn:
         return cross_entropy if self.estimator == "paper" else FisherNoise(seed=self.seed)
@@ -428,7 +454,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             }
             for site in self._wiring.sites
         ]
-        extra = {"positions": dict(self._positions)}
+        extra = {"positions": dict(self._positions), "unseen_readers": dict(self._unseen_readers)}
         return {**extra, "sites": sites, "norm_of": dict(self._wiring.norm_of), "seen": sorted(self._wiring.seen)}
 
     def _load_extra_state(self, extra: Any) -> None:
@@ -437,6 +463,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             for site in extra["sites"]
         )
         self._positions, self._costs = dict(extra["positions"]), None
+        self._unseen_readers = dict(extra["unseen_readers"])
         self._wiring = Wiring(sites, dict(extra["norm_of"]), frozenset(extra["seen"]))
 
 

@@ -28,6 +28,7 @@ from .groups import CHANNEL_NORMS
 _NORM_CALLS = {"batch_norm", "instance_norm", "group_norm"}
 _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "threshold_"}
 """Activations that either leave a value as it is or let no gradient through."""
+_READS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 _PRODUCTS = {"mul", "mul_", "__imul__", "multiply", "multiply_"}
 _SCALINGS = {*_PRODUCTS, "div", "div_", "__itruediv__", "true_divide", "divide", "add", "add_", "__iadd__"}
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -163,6 +164,9 @@ class Observer(TorchFunctionMode):
         self.norm_of: dict[str, str] = {}
         self.seen: set[str] = set()
         self.crossed: set[frozenset[str]] = set()
+        self._owners: dict[Tensor, str] = {}  # weight -> its layer
+        self._called: set[str] = set()
+        self._reads_of: dict[str, set[str]] = {}  # layer whose weight read channels -> the layers they are of
         self.untapped: set[str] = set()  # producers whose sums nobody needs, once that is known
         self.passes = 0
 
@@ -184,6 +188,10 @@ class Observer(TorchFunctionMode):
                 modules[name].register_forward_pre_hook(self._enter_layer(name, modules[name])),
                 modules[name].register_forward_hook(self._leave_layer(name)),
             ]
+        for name, module in modules.items():
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                self._owners[module.weight] = name
+                self._handles.append(module.register_forward_pre_hook(self._note_call(name)))
         readers = set(self._find_readers())
         if readers:  # what depthwise convolutions read is asked for as well
             depthwise = {name for name, module in modules.items() if _is_depthwise(module)}
@@ -198,6 +206,20 @@ class Observer(TorchFunctionMode):
             handle.remove()
         self._handles = []
         self._end_forward()
+
+    def _note_call(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._called.add(name)
+
+        return hook
+
+    @property
+    def borrowed(self) -> dict[str, set[str]]:
+        """Layers that are never called but whose weights were used, and the layers whose channels these read.
+
+        Torch-Pruning finds layers by their calls: it does not see such a use, ``F.linear(x, self.qkv.weight)``.
+        """
+        return {name: layers for name, layers in self._reads_of.items() if name not in self._called}
 
     @property
     def live(self) -> bool:
@@ -358,6 +380,10 @@ class Observer(TorchFunctionMode):
         inplace = _is_inplace(name, args, kwargs)
         if name in ACTIVATIONS and isinstance(x, Tensor) and self._flow[x] is not None:
             return self._activation(name, inplace, x, func, args, kwargs)
+        if self.passes == 0 and name in _READS and (label := self._flow[x]) is not None:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if (owner := self._owners.get(weight)) is not None:
+                self._reads_of.setdefault(owner, set()).update(span.layer for span in label.spans)
         fresh, self._fresh = self._fresh, None
         gated = self._gated(name, args) if name in _SCALINGS else None
         if inplace and isinstance(x, Tensor):

@@ -38,13 +38,17 @@ class GroupReport:
 
     @staticmethod
     def of(
-        record: GroupRecord, scores: Tensor, sites: Mapping[str, str | None], unseen: tuple[str, ...]
+        record: GroupRecord,
+        scores: Tensor,
+        sites: Mapping[str, str | None],
+        unseen: tuple[str, ...],
+        notes: tuple[str, ...] = (),
     ) -> GroupReport:
         """Summarise ``(width,)`` scores of a record."""
         alone = scores if record.tied is None else scores[record.tied.unique().to(scores.device)]
         _, counts = alone.unique(return_counts=True)
-        notes = [f"index map left out: {problem}" for problem in record.problems]
-        notes += [f"never called: {name}" for name in unseen]
+        found = [*notes, *(f"index map left out: {problem}" for problem in record.problems)]
+        found += [f"never called: {name}" for name in unseen]
         return GroupReport(
             root=record.key,
             channels=record.width,
@@ -55,7 +59,7 @@ class GroupReport:
             high=float(scores.max()),
             ties=int(counts[counts > 1].sum()),
             dead=int((scores == 0).sum()) if scores.min() >= 0 else int((scores <= -1).sum()),
-            notes=tuple(notes),
+            notes=tuple(found),
         )
 
     @property

@@ -216,3 +216,33 @@ def test_half_of_a_gated_unit_is_half(make):
     pruner.step()
     assert (model.fc1.out_features, model.fc2.in_features) == (6, 3)
     model(torch.randn(2, 3))
+
+
+def test_a_group_that_a_weight_reads_unseen_is_left_alone():
+    """BEiT calls F.linear with the weight of qkv: Torch-Pruning would cut the stream and not the weight."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.hidden = nn.Linear(3, 8), nn.Linear(8, 6)
+            self.qkv, self.fc = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            y = self.hidden(self.stem(x).relu())
+            return self.fc(nn.functional.linear(y, self.qkv.weight).relu())
+
+    torch.manual_seed(0)
+    model = Net().eval()
+    imp = PROImportance()
+    pruner = make_pruner(model, torch.randn(1, 3), imp, [model.fc])
+    with pytest.warns(RuntimeWarning, match="'hidden.out' gets no score(.|\n)*'qkv' reads"):
+        imp.calibrate(pruner, [torch.randn(8, 3)], progress=False)
+    again = PROImportance()
+    again.load_state_dict(imp.state_dict())
+    for group in groups_of(pruner):
+        for each in (imp, again):
+            assert (each(group) is None) == (read_group(group).key == "hidden.out")
+    assert any("unseen" in note for row in imp.report() for note in row.notes)
+    pruner.step()
+    assert (model.stem.out_features, model.hidden.out_features) == (4, 6)
+    model(torch.randn(2, 3))
