@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import tyro
 
-from benchmarks import compare, mnist_two_layer, overhead, ratio, reconstruction, report, scan
+from benchmarks import compare, mnist_two_layer, overhead, reconstruction, report, scan
 from benchmarks.analyses import calibration_size, correlation, curves, lam, magnitude
 from benchmarks.errors import UsageError
 from benchmarks.pipeline import config as pipeline_config
@@ -17,7 +17,6 @@ from benchmarks.pipeline import settings
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "compare": (compare.CompareConfig, compare.run),
     "report": (report.ReportConfig, report.run),
-    "ratio": (ratio.RatioConfig, ratio.run),
     "overhead": (overhead.OverheadConfig, overhead.run),
     "reconstruction": (reconstruction.ReconstructionConfig, reconstruction.run),
     "mnist": (mnist_two_layer.MnistConfig, mnist_two_layer.run),

@@ -20,7 +20,7 @@ from .flow import Label, Span
 from .groups import GroupRecord
 from .losses import FisherNoise, cross_entropy
 from .observer import Observer, Pass, Site
-from .processes import reducing
+from .processes import rank, reducing
 from .report import GroupReport, Report
 from .statistics import Sums
 
@@ -227,7 +227,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         reference: for ``"expected"``: what offsets are measured from. ``"origin"``: zero, which a removed channel
             is set to. ``"mean"``: the mean of what is read of the channel (see :mod:`ippro_tp.centered`), for
             networks that are compensated, or whose BatchNorm is re-estimated or trained, after the cut.
-        seed: of the labels that ``calibrate`` draws when no loss is given.
+        seed: of the labels that ``calibrate`` draws when no loss is given; every rank draws its own.
 
     ``observe(target, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
     loss that is summed over the batch: per-sample gradients of ``"expected"`` then need no factor.
@@ -436,7 +436,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             )
 
     def _default_loss(self) -> LossFn:
-        return cross_entropy if self.estimator == "paper" else FisherNoise(seed=self.seed)
+        return cross_entropy if self.estimator == "paper" else FisherNoise(seed=self.seed + 1_000_003 * rank())
 
     def _settings(self) -> dict[str, Any]:
         settings = {"class": type(self).__name__, "estimator": self.estimator}

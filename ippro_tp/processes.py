@@ -18,6 +18,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank() -> int:
+    """The number of this process among them; 0 if there is but one."""
+    return dist.get_rank() if several() else 0
+
+
 def gather(value: Any) -> list[Any]:
     """What every rank gave, in the order of ranks. All ranks have to call it."""
     if not several():

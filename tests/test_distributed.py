@@ -175,6 +175,13 @@ def prune_and_wrap_again(rank):
     return pruned, [p.grad for p in model.parameters()]
 
 
+def noise(rank):
+    """What calibrate() differentiates when it is given no loss, for the same outputs on both ranks."""
+    logits = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
+    PROImportance()._default_loss()(logits, None).backward()
+    return logits.grad
+
+
 def sizes(rank):
     """Image sizes of each rank's batches: none in common."""
     torch.manual_seed(rank)
@@ -223,6 +230,7 @@ SCENARIOS = {
     "pruner on ddp": pruner_on_ddp,
     "prune and wrap again": prune_and_wrap_again,
     **{f"sizes {n}": lambda r, n=n: images_of_other_sizes(n, r) for n in ("expected", "paper", "spasp")},
+    "noise": noise,
     "death": die,  # the last one
 }
 
@@ -386,3 +394,9 @@ def test_the_readmes_script_runs_through_torchrun(tmp_path):
     assert sorted(rank for rank, _ in told) == ["0", "1"], result.stdout
     (left,) = {int(count) for _, count in told}
     assert left < 11e6  # of 11.2 million
+
+
+def test_ranks_draw_noise_of_their_own(ranks):
+    first, second = ranks["noise"]
+    assert first.norm() > 0
+    assert not torch.allclose(first, second)

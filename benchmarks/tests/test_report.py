@@ -5,7 +5,6 @@ import pytest
 
 from benchmarks.cells import UNPRUNED, Cell, write_json
 from benchmarks.errors import UsageError
-from benchmarks.ratio import summary
 from benchmarks.report import ReportConfig, bootstrap_interval, markdown, paired_differences, read_cells, run
 
 BN = {"l1": 0.5, "pro": 0.7, "lamp": 0.6}
@@ -73,11 +72,6 @@ def test_bootstrap_interval_contains_the_mean():
 def test_files_are_written(results, capsys):
     run(ReportConfig(results))
     assert {"report.md", "cells.csv", "accuracy_toy_net.png"} <= {p.name for p in results.iterdir()}
-
-
-def test_ratio_summary_pairs_rounds():
-    text = summary({"plain": [1.0, 2.0, 4.0], "expected": [1.2, 2.4, 4.8]})
-    assert text.splitlines()[-1].split("|")[3].strip() == "1.200"
 
 
 def test_arms_can_be_chosen(results):
