@@ -164,6 +164,7 @@ class Observer(TorchFunctionMode):
         self.norm_of: dict[str, str] = {}
         self.seen: set[str] = set()
         self.crossed: set[frozenset[str]] = set()
+        self._affines: dict[str, tuple[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
         self._owners: dict[Tensor, str] = {}  # weight -> its layer
         self._called: set[str] = set()
         self._reads_of: dict[str, set[str]] = {}  # layer whose weight read channels -> the layers they are of
@@ -364,6 +365,21 @@ class Observer(TorchFunctionMode):
         self._tap_output(name, y, 1, x if affine is not None else y, affine)
         return y
 
+    def _affine(
+        self, layer: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """What a BatchNorm in eval mode does to its channels; ``None`` for other norms."""
+        if func is not F.batch_norm:
+            return None
+        given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+        if given.get("training", False) or given["running_mean"] is None or given["running_var"] is None:
+            return None
+        state = [given.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
+        versions = tuple(-1 if t is None else t._version for t in state)
+        if self._affines.get(layer, (None,))[0] != versions:
+            self._affines[layer] = versions, _affine_norm(given)
+        return self._affines[layer][1]
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -396,7 +412,7 @@ class Observer(TorchFunctionMode):
             out = self._follow_gate(*gated, out)
         if name in _NORM_CALLS and self._norms and self._norms[-1] is not None:
             layer, self._norms[-1] = self._norms[-1], None
-            return self._norm_output(layer, x, out, _affine_norm(func, args, kwargs))
+            return self._norm_output(layer, x, out, self._affine(layer, func, args, kwargs))
         if isinstance(out, (Tensor, tuple, list)) and not isinstance(out, torch.Size):
             self._flow.propagate(func, args, kwargs, out)
         else:  # a shape, a flag or a number: no gradient will come back this way
@@ -561,16 +577,9 @@ def _replace_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return (change(first), *output[1:]) if isinstance(output, tuple) else change(first)
 
 
-def _affine_norm(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift per channel of a BatchNorm call that uses running statistics; ``None`` for other norms."""
-    if func is not F.batch_norm:
-        return None
-    given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+def _affine_norm(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Scale and shift per channel of a BatchNorm call that uses running statistics."""
     mean, variance = given["running_mean"], given["running_var"]
-    if given.get("training", False) or mean is None or variance is None:
-        return None
     with torch.no_grad():
         wide = torch.promote_types(variance.dtype, torch.float32)
         scale = (variance.to(wide) + given.get("eps", 1e-5)).rsqrt()

@@ -49,6 +49,7 @@ class GroupReport:
         _, counts = alone.unique(return_counts=True)
         found = [*notes, *(f"index map left out: {problem}" for problem in record.problems)]
         found += [f"never called: {name}" for name in unseen]
+        found += [f"{record.units} units of positions that go together"] if record.tied is not None else []
         return GroupReport(
             root=record.key,
             channels=record.width,

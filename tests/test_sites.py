@@ -186,6 +186,7 @@ def test_positions_that_go_together_have_one_score(net):
             expected = joint_offset(model, record, (tied == unit).nonzero().view(-1), x, labels)
             torch.testing.assert_close(scores[unit].double(), expected, rtol=1e-3, atol=1e-9)
     assert met == 1
+    assert sum("positions that go together" in note for row in imp.report() for note in row.notes) == 1
 
 
 def joint_offset(model, record, positions, x, labels, step=1e-5):
