@@ -50,7 +50,7 @@ class LiteralExtension(nn.Module):
         return self.D.view(shape) * x - self.D_bar.view(shape) * x + self.sigma(x)
 
 
-def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int, samples: int = 0) -> Tensor:
+def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int, samples: int | None = 0) -> Tensor:
     """Sum ``grad * value`` over all positions, for each sample and channel.
 
     Args:
@@ -59,7 +59,8 @@ def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int, sampl
         axis: the channel axis (not that of the samples).
         batch: number of samples. Their dimension may hold several rows a sample, batch-major, as in windowed
             attention; they are summed.
-        samples: the axis of the samples.
+        samples: the axis of the samples; ``None`` for a tensor that all samples share, a table of positions, of
+            whose sum every sample gets an equal part.
 
     Returns:
         ``(batch, channels)``, float32 or wider.
@@ -78,6 +79,8 @@ def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int, sampl
     rest = [i for i in range(grad.dim()) if i not in (axis, samples)]
     product = grad if value is None else grad * value
     sums = product.sum(rest) if rest else product
+    if samples is None:
+        return (sums / batch).expand(batch, -1)
     sums = sums if samples < axis else sums.T
     if sums.shape[0] == batch:
         return sums
@@ -102,7 +105,7 @@ class Tap:
         gradients: send ``(2, batch, channels)``, the sums of g x and those of g.
         affine: ``(scale, shift)``, each ``(channels,)``: x is ``scale * value + shift``. A BatchNorm's output is
             read this way from its input, which autograd keeps in any case: x itself may be freed or overwritten.
-        samples: the axis of the samples.
+        samples: the axis of the samples, if there is one.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class Tap:
         name: str,
         gradients: bool = False,
         affine: tuple[Tensor, Tensor] | None = None,
-        samples: int = 0,
+        samples: int | None = 0,
     ) -> None:
         self.axis, self.batch, self.name, self._gradients = axis, batch, name, gradients
         self._samples = samples

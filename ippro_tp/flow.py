@@ -108,9 +108,15 @@ class ChannelFlow:
         else:
             self._labels.pop(x, None)
 
-    def samples(self, x: Tensor, batch: int) -> int:
-        """The axis along which ``batch`` samples lie: 0 unless they were moved, as for ``(L, N, E)``."""
-        axis: int = self._samples.get(x, 0)
+    def samples(self, x: Tensor, batch: int, table: bool = False) -> int | None:
+        """The axis along which ``batch`` samples lie: 0 unless they were moved, as for ``(L, N, E)``.
+
+        ``None`` where all samples share ``x``: it does not come of the model's inputs, and it was looked up in a
+        table or its shape leaves no other reading. (An operation that cannot be seen may hide where x comes from.)
+        """
+        axis: int | None = self._samples.get(x)
+        if axis is None:
+            return None if table or x.shape[0] % batch else 0
         return axis if axis < x.dim() and x.shape[axis] % batch == 0 else 0
 
     def start_samples(self, inputs: Any) -> None:

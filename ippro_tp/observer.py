@@ -345,7 +345,7 @@ class Observer(TorchFunctionMode):
             axis = _channel_axis(module, tapped)
             self._flow.copy_samples(first, tapped)
             self._flow.set(tapped, Label(axis, (Span(name, 0, tapped.shape[axis]),)))
-            self._tap_output(name, tapped, axis)
+            self._tap_output(name, tapped, axis, table=isinstance(module, nn.Embedding))
             return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
         return hook
@@ -520,6 +520,7 @@ class Observer(TorchFunctionMode):
         axis: int,
         value: Tensor | None = None,
         affine: tuple[Tensor, Tensor] | None = None,
+        table: bool = False,
     ) -> None:
         assert self._pass is not None
         self.seen.add(name)
@@ -527,7 +528,7 @@ class Observer(TorchFunctionMode):
         if name in self.untapped:
             return
         sink = self._sink(self._pass.outputs, name, self._pass)
-        value, samples = y if value is None else value, self._flow.samples(y, self._pass.batch)
+        value, samples = y if value is None else value, self._flow.samples(y, self._pass.batch, table)
         tap = Tap(value, y, axis, self._pass.batch, sink, name, affine=affine, samples=samples)
         self._taps.setdefault(name, []).append(tap)
         self._register(tap)

@@ -247,3 +247,32 @@ def test_a_group_that_a_weight_reads_unseen_is_left_alone():
     pruner.step()
     assert (model.stem.out_features, model.hidden.out_features) == (4, 6)
     model(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_a_table_that_all_samples_share_gives_each_its_part(tokens):
+    """Learned positions: their rows are no samples, also where there are as many."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.positions, self.fc = nn.Linear(3, 8), nn.Embedding(tokens, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            self.table = self.positions(torch.arange(tokens))
+            self.embedded = self.embed(x)
+            return self.fc((self.embedded + self.table).tanh().mean(1))
+
+    torch.manual_seed(0)
+    model = Net().double().eval()
+    x, weights = torch.randn(4, tokens, 3, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    imp = PROImportance(cost=None)
+    pruner = make_pruner(model, x[:1], imp, [model.fc])
+    with imp.observe(pruner):
+        ((model(x) * weights).sum() / 4).backward()
+    (group,) = groups_of(pruner)
+    out = model(x)
+    own, shared = torch.autograd.grad((out * weights).sum(), [model.embedded, model.table])
+    offsets = (own * model.embedded).sum(1) + (shared * model.table).sum(0) / 4
+    assert {row.root: len(row.producers) for row in imp.report()} == {read_group(group).key: 2}
+    torch.testing.assert_close(imp(group).double(), offsets.abs().mean(0).detach(), rtol=1e-6, atol=1e-9)
