@@ -23,7 +23,7 @@ def group_cost(pruner, example: Tensor, unit: str = "macs") -> dict[GroupKey, fl
     records = [read_group(group) for group in groups]
     names = [layer.name for record in records for layer in (*record.producers, *record.consumers)]
     positions: dict[str, int] = {}
-    hooks = watch_positions(pruner.model, names, positions, active=lambda: True)
+    hooks = watch_positions(pruner.model, names, positions, batch=lambda: len(example))
     try:
         with torch.no_grad():
             pruner.model(example)

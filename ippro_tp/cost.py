@@ -20,35 +20,33 @@ CostFn = Callable[[GroupRecord, nn.Module], float]
 """``(record, model) -> cost of one channel of the group``, for example a measured latency."""
 
 
-def output_positions(module: nn.Module, output: Tensor) -> int:
-    """Number of positions (pixels, tokens) of a layer's output, for one sample.
+def output_positions(module: nn.Module, output: Tensor, batch: int) -> int:
+    """Number of positions (pixels, tokens) of a layer's output for one sample, over all of its windows.
 
     Args:
         module: the layer; convolutions and channel norms have channels in dimension 1, other layers last.
-        output: its output, samples in dimension 0, or 1 for ``nn.MultiheadAttention(batch_first=False)``.
+        output: its output; samples, and windows or tokens, may lie in any dimension but that of the channels.
+        batch: number of samples.
 
     Example:
         >>> import torch
-        >>> output_positions(nn.Linear(4, 8), torch.zeros(2, 5, 8))
+        >>> output_positions(nn.Linear(4, 8), torch.zeros(2, 5, 8), 2)
         5
     """
-    if isinstance(module, nn.MultiheadAttention):
-        return output.shape[-2 if module.batch_first or output.dim() == 2 else 0]
     second = isinstance(module, (nn.modules.conv._ConvNd, *CHANNEL_NORMS))
-    shape = output.shape[2:] if second else output.shape[1:-1]
-    return int(shape.numel())
+    return max(1, output.numel() // (output.shape[1 if second else -1] * batch))
 
 
 def watch_positions(
-    model: nn.Module, names: Iterable[str], positions: dict[str, int], active: Callable[[], bool]
+    model: nn.Module, names: Iterable[str], positions: dict[str, int], batch: Callable[[], int]
 ) -> list[RemovableHandle]:
-    """Fill ``positions`` from the calls made while ``active()``; several calls of a layer add up."""
+    """Fill ``positions`` from calls for ``batch()`` samples, 0 to leave one out; several calls of a layer add up."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
-            if active() and isinstance(output, Tensor):
-                positions[name] = positions.get(name, 0) + output_positions(module, output)
+            if isinstance(output, Tensor) and output.numel() and (samples := batch()):
+                positions[name] = positions.get(name, 0) + output_positions(module, output, samples)
 
         return hook
 

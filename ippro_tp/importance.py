@@ -162,7 +162,7 @@ class GradientObservation:
             parameter.requires_grad_(False)
         layers = (layer.name for r in self._records for layer in (*r.producers, *r.consumers))
         self._handles += watch_positions(
-            self._model, layers, self.positions, lambda: self._observer.passes == 0 and self._observer.live
+            self._model, layers, self.positions, lambda: self._observer.batch if self._observer.passes == 0 else 0
         )
         for name, parameter in trained.items():
             parameter.requires_grad_(True)

@@ -223,9 +223,9 @@ class Observer(TorchFunctionMode):
         return {name: layers for name, layers in self._reads_of.items() if name not in self._called}
 
     @property
-    def live(self) -> bool:
-        """Whether a forward pass is running."""
-        return self._pass is not None
+    def batch(self) -> int:
+        """Number of samples of the forward pass that is running; 0 between forward passes."""
+        return self._pass.batch if self._pass is not None else 0
 
     def flush(self) -> None:
         """Hand over every pass that has received gradients. Called between forward passes and at the end."""

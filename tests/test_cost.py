@@ -125,3 +125,32 @@ def test_cost_of_attention_is_the_slope_of_the_counters(unit, batch_first):
     imp.calibrate(pruner, [x.expand(2, -1, -1)], progress=False)
     (group,) = groups_of(pruner)
     assert exponentless(imp, group) == pytest.approx((counts[2] - counts[0]) / 4, rel=0.02)
+
+
+@pytest.mark.parametrize("arrangement", ["windows", "tokens first"])
+def test_positions_are_counted_wherever_the_samples_lie(arrangement):
+    """Swin folds windows into dimension 0, other transformers put tokens there."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.hidden, self.fc = (
+                torch.nn.Linear(3, 8),
+                torch.nn.Linear(8, 6),
+                torch.nn.Linear(6, 4),
+            )
+
+        def forward(self, x):
+            y = self.embed(x)
+            if arrangement == "windows":
+                return self.fc(self.hidden(y.reshape(-1, 2, 8)).relu().reshape(len(x), -1, 6).mean(1))
+            return self.fc(self.hidden(y.transpose(0, 1)).relu().mean(0))
+
+    model, x = Net().eval(), torch.randn(4, 6, 3)
+    imp = PROImportance(cost="macs")
+    pruner = tp.pruner.BasePruner(
+        model, x[:1], importance=imp, ignored_layers=[model.fc], in_channel_groups={}, out_channel_groups={},
+        num_heads={}, channel_groups={},
+    )  # fmt: skip
+    imp.calibrate(pruner, [x], progress=False)
+    assert imp._positions == {"embed": 6, "hidden": 6, "fc": 1}
