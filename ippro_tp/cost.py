@@ -40,7 +40,7 @@ def output_positions(module: nn.Module, output: Tensor, batch: int) -> int:
 def watch_positions(
     model: nn.Module, names: Iterable[str], positions: dict[str, int], batch: Callable[[], int]
 ) -> list[RemovableHandle]:
-    """Fill ``positions`` from calls for ``batch()`` samples, 0 to leave one out; several calls of a layer add up."""
+    """Fill ``positions`` from calls for ``batch()`` samples, if any; several calls of a layer add up."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
