@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .estimators import ExpectedEstimator, Wiring
 from .groups import GroupRecord
-from .observer import Pass
+from .passes import Pass
 from .statistics import Sums
 
 

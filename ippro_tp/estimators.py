@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .flow import Span
 from .groups import CHANNEL_NORMS, GroupRecord, Layer
-from .observer import Pass, Site
+from .passes import Pass, Site
 from .projective import pro_excess
 from .statistics import Sums
 

@@ -35,7 +35,6 @@ MIXING = frozenset({
 })
 """Functions after which channels are no longer what they were."""
 # fmt: on
-_MOVES = frozenset({"transpose", "swapaxes", "swapdims", "permute", "unsqueeze", "stack", "view", "reshape"})
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,6 @@ class ChannelFlow:
 
     def __init__(self) -> None:
         self._labels = WeakTensorKeyDictionary()
-        self._samples = WeakTensorKeyDictionary()  # axis of the samples, of tensors that hold them
         self.crossed: set[frozenset[str]] = set()  # layers whose channels met along different axes
 
     def __getitem__(self, x: Any) -> Label | None:
@@ -107,45 +105,6 @@ class ChannelFlow:
             self._labels[x] = label
         else:
             self._labels.pop(x, None)
-
-    def samples(self, x: Tensor, batch: int, table: bool = False) -> int | None:
-        """The axis along which ``batch`` samples lie: 0 unless they were moved, as for ``(L, N, E)``.
-
-        ``None`` where all samples share ``x``: it does not come of the model's inputs, and it was looked up in a
-        table or its shape leaves no other reading. (An operation that cannot be seen may hide where x comes from.)
-        """
-        axis: int | None = self._samples.get(x)
-        if axis is None:
-            return None if table or x.shape[0] % batch else 0
-        return axis if axis < x.dim() and x.shape[axis] % batch == 0 else 0
-
-    def start_samples(self, inputs: Any) -> None:
-        """Note the model's inputs, samples along axis 0. What does not come of them (masks, tables) has none."""
-        for x in inputs.values() if isinstance(inputs, dict) else inputs:
-            if isinstance(x, Tensor):
-                self._samples[x] = 0
-            elif isinstance(x, (tuple, list, dict)):
-                self.start_samples(x)
-
-    def copy_samples(self, x: Tensor, out: Any) -> None:
-        """Give ``out``, made of ``x``, the samples' axis of ``x``."""
-        if out is not x and isinstance(out, Tensor) and x in self._samples:
-            self._samples[out] = self._samples[x]
-
-    def follow_samples(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Note where the samples lie in the result of the function called ``name``."""
-        known: Tensor | None = None
-        for given in (*args, *kwargs.values()):
-            for x in given if isinstance(given, (tuple, list)) else (given,):
-                if isinstance(x, Tensor) and x in self._samples and (known is None or x.dim() > known.dim()):
-                    known = x
-        if known is None:
-            return
-        axis: int = self._samples[known]
-        for part in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(part, Tensor):
-                moves = axis > 0 or name in _MOVES
-                self._samples[part] = _carry_samples(name, known, axis, args, kwargs, part) if moves else 0
 
     def propagate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Label the result of ``func(*args, **kwargs)``."""
@@ -214,7 +173,7 @@ def _carry(
 ) -> Label | None:
     """The label of ``out``, computed from ``x`` alone; ``None`` where channels cannot be followed."""
     axis, size = label.axis, x.shape[label.axis]
-    if (moved := _moved(name, x, axis, args, kwargs)) is not None:
+    if (moved := moved_axis(name, x, axis, args, kwargs)) is not None:
         return replace(label, axis=moved)
     if name in ("__get__", "t") and out.dim() == 2 and x.dim() == 2 and out.shape == x.shape[::-1]:
         return replace(label, axis=1 - axis) if out.shape != x.shape else None
@@ -234,7 +193,7 @@ def _carry(
     return None
 
 
-def _moved(name: str, x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def moved_axis(name: str, x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Where transpose or permute puts an axis; ``None`` for other functions."""
     if name in ("transpose", "swapaxes", "swapdims") and len(args) >= 3:
         a, b = int(args[1]) % x.dim(), int(args[2]) % x.dim()
@@ -243,27 +202,6 @@ def _moved(name: str, x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[
         dims = kwargs.get("dims", args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:])
         return [int(d) % x.dim() for d in dims].index(axis)
     return None
-
-
-def _carry_samples(
-    name: str, x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-) -> int:
-    """The samples' axis of ``out``, computed from ``x``; 0 where it cannot be followed."""
-    if (moved := _moved(name, x, axis, args, kwargs)) is not None:
-        return moved
-    if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
-        before = math.prod(x.shape[:axis])
-        fits = (i for i in range(out.dim()) if math.prod(out.shape[:i]) == before)
-        return next((i for i in fits if out.shape[i] == x.shape[axis]), 0)
-    if name == "stack":
-        dim = int(kwargs.get("dim", args[1] if len(args) > 1 else 0)) % out.dim()
-        return axis + (dim <= axis)
-    if out.dim() < x.dim():  # a reduction or an index
-        first = args[1] if len(args) > 1 else kwargs.get("dim")
-        first = first[0] if isinstance(first, (tuple, list)) and first else first
-        leading = isinstance(first, int) and (name == "__getitem__" or first % x.dim() < axis)
-        axis -= (x.dim() - out.dim()) * leading
-    return axis if out.dim() > axis else 0
 
 
 def _reshaped(label: Label, x: Tensor, out: Tensor) -> Label | None:

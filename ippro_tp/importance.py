@@ -19,7 +19,8 @@ from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
 from .flow import Label, Span
 from .groups import GroupRecord
 from .losses import FisherNoise, cross_entropy
-from .observer import Observer, Pass, Site
+from .observer import Observer
+from .passes import Pass, Site
 from .processes import rank, reducing
 from .report import GroupReport, Report
 from .statistics import Sums

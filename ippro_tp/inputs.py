@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import NEVER_CALLED, ObservationError
 from .groups import GroupRecord
-from .observer import samples_of_call
+from .passes import samples_of_call
 from .statistics import Sums
 
 OnInput = Callable[[Sums, str, nn.Module, Tensor], None]

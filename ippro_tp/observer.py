@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,6 +22,9 @@ from .errors import ObservationError
 from .extension import Tap, require_grad
 from .flow import ACTIVATIONS, ChannelFlow, Label, Span
 from .groups import CHANNEL_NORMS
+from .norms import NormScales
+from .passes import Pass, Site, difference, samples_of_call
+from .sampleaxis import SampleAxis
 
 _NORM_CALLS = {"batch_norm", "instance_norm", "group_norm"}
 _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "threshold_"}
@@ -31,84 +32,7 @@ _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "thres
 _READS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 _PRODUCTS = {"mul", "mul_", "__imul__", "multiply", "multiply_"}
 _SCALINGS = {*_PRODUCTS, "div", "div_", "__itruediv__", "true_divide", "divide", "add", "add_", "__iadd__"}
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
-
-
-@dataclass(frozen=True)
-class Site:
-    """An activation call, or the identity at a producer's output, that stands for sigma of some layers.
-
-    Attributes:
-        name: ``"relu #3"`` (third tapped activation of the forward pass), or the producer's name.
-        label: which channels of which layers lie along which axis of its input.
-    """
-
-    name: str
-    label: Label
-
-
-@dataclass(eq=False)
-class Pass:
-    """What one forward pass and its backward passes gave.
-
-    Attributes:
-        batch: number of samples.
-        loss_scale: what the loss is multiplied by before the backward pass; sums are divided by it.
-        outputs: per producer, ``(batch, channels)`` sums of g*y at its output.
-        activations: per site name, ``(batch, size of the channel axis)`` sums of g*x at the activation.
-        inputs: per reader, ``(2, batch, channels)`` sums of g*x and of g at its input.
-        reads: per reader, sum of its input x for each channel, and the number of values that were summed.
-        read_layers: per reader, the layers whose channels its input carries.
-        sites: the activation calls in order.
-        norm_of: producer -> channel norm that its output runs into before the next layer.
-        closed: already counted.
-    """
-
-    batch: int
-    loss_scale: float = 1.0
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    activations: dict[str, Tensor] = field(default_factory=dict)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    reads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    read_layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    sites: list[Site] = field(default_factory=list)
-    norm_of: dict[str, str] = field(default_factory=dict)
-    closed: bool = False
-
-    @property
-    def signature(self) -> tuple[object, ...]:
-        """What has to be the same in every forward pass."""
-        return tuple(self.sites), tuple(sorted(self.norm_of.items()))
-
-
-def batch_size(value: Any) -> int | None:
-    """Size of dimension 0 of the first tensor in (nested) arguments; the length of a list of images."""
-    if isinstance(value, Tensor):
-        return value.shape[0] if value.dim() else None
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        if (
-            len(value) > 0
-            and isinstance(value, list)
-            and all(isinstance(v, Tensor) and v.dim() == 3 for v in value)
-        ):
-            return len(value)
-        return next((n for v in value if (n := batch_size(v)) is not None), None)
-    return None
-
-
-def samples_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Number of samples that a model is called with.
-
-    Raises:
-        ObservationError: no argument has a batch dimension.
-    """
-    batch = batch_size((args, kwargs))
-    if not batch:
-        raise ObservationError("the model was called without a tensor that has a batch dimension.")
-    return batch
 
 
 def _channel_axis(module: nn.Module, output: Tensor) -> int:
@@ -152,7 +76,7 @@ class Observer(TorchFunctionMode):
         self._handles: list[RemovableHandle] = []
         self._norms: list[str | None] = []
         self._pass: Pass | None = None
-        self._flow = ChannelFlow()
+        self._flow, self._samples = ChannelFlow(), SampleAxis()
         self._open: set[str] = set()  # layers whose sigma has not been met yet in this forward pass
         self._taps: dict[str, list[Tap]] = {}
         self._by_storage: dict[int, list[weakref.ref[Tap]]] = {}
@@ -164,7 +88,7 @@ class Observer(TorchFunctionMode):
         self.norm_of: dict[str, str] = {}
         self.seen: set[str] = set()
         self.crossed: set[frozenset[str]] = set()
-        self._affines: dict[str, tuple[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
+        self._norm_scales = NormScales()
         self._owners: dict[Tensor, str] = {}  # weight -> its layer
         self._called: set[str] = set()
         self._reads_of: dict[str, set[str]] = {}  # layer whose weight read channels -> the layers they are of
@@ -255,8 +179,8 @@ class Observer(TorchFunctionMode):
         if self._watching is None:
             self._watch(args, kwargs)
         self._pass = Pass(batch, self._loss_scale())
-        self._flow = ChannelFlow()
-        self._flow.start_samples((args, kwargs))
+        self._flow, self._samples = ChannelFlow(), SampleAxis()
+        self._samples.start((args, kwargs))
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current = self._pass
@@ -267,7 +191,7 @@ class Observer(TorchFunctionMode):
             self._signature = current.signature
             self.sites, self.norm_of = tuple(current.sites), dict(current.norm_of)
         elif self._signature != current.signature:
-            raise ObservationError(_difference(self.sites, tuple(current.sites)))
+            raise ObservationError(difference(self.sites, tuple(current.sites)))
         self.crossed |= self._flow.crossed
         self.passes += 1
 
@@ -306,7 +230,7 @@ class Observer(TorchFunctionMode):
                 return None
             branch = require_grad(x).view_as(x)
             self._flow.set(branch, label)
-            self._flow.copy_samples(x, branch)
+            self._samples.copy(x, branch)
             axis = _channel_axis(module, branch)
             rest = [i for i in range(branch.dim()) if i != axis]
             total = branch.detach().sum(rest, dtype=torch.promote_types(branch.dtype, torch.float32))
@@ -315,7 +239,7 @@ class Observer(TorchFunctionMode):
             before = self._pass.reads.get(name)
             self._pass.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
             sink = self._sink(self._pass.inputs, name, self._pass)
-            samples = self._flow.samples(x, self._pass.batch)
+            samples = self._samples.of(x, self._pass.batch)
             self._register(Tap(branch, branch, axis, self._pass.batch, sink, name, True, samples=samples))
             return (branch, *args[1:])
 
@@ -343,7 +267,7 @@ class Observer(TorchFunctionMode):
                 return self._norm_output(name, args[0], first)
             tapped = require_grad(first)
             axis = _channel_axis(module, tapped)
-            self._flow.copy_samples(first, tapped)
+            self._samples.copy(first, tapped)
             self._flow.set(tapped, Label(axis, (Span(name, 0, tapped.shape[axis]),)))
             self._tap_output(name, tapped, axis, table=isinstance(module, nn.Embedding))
             return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
@@ -364,21 +288,6 @@ class Observer(TorchFunctionMode):
         self._flow.set(y, Label(1, spans))
         self._tap_output(name, y, 1, x if affine is not None else y, affine)
         return y
-
-    def _affine(
-        self, layer: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor] | None:
-        """What a BatchNorm in eval mode does to its channels; ``None`` for other norms."""
-        if func is not F.batch_norm:
-            return None
-        given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
-        if given.get("training", False) or given["running_mean"] is None or given["running_var"] is None:
-            return None
-        state = [given.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
-        versions = tuple(-1 if t is None else t._version for t in state)
-        if self._affines.get(layer, (None,))[0] != versions:
-            self._affines[layer] = versions, _affine_norm(given)
-        return self._affines[layer][1]
 
     def __torch_function__(
         self,
@@ -407,12 +316,12 @@ class Observer(TorchFunctionMode):
             if gated is not None and gated[1] is x:
                 gated = gated[0], x.detach().clone()
         out = func(*args, **kwargs)
-        self._flow.follow_samples(name, args, kwargs, out)
+        self._samples.follow(name, args, kwargs, out)
         if gated is not None:
             out = self._follow_gate(*gated, out)
         if name in _NORM_CALLS and self._norms and self._norms[-1] is not None:
             layer, self._norms[-1] = self._norms[-1], None
-            return self._norm_output(layer, x, out, self._affine(layer, func, args, kwargs))
+            return self._norm_output(layer, x, out, self._norm_scales.of(layer, func, args, kwargs))
         if isinstance(out, (Tensor, tuple, list)) and not isinstance(out, torch.Size):
             self._flow.propagate(func, args, kwargs, out)
         else:  # a shape, a flag or a number: no gradient will come back this way
@@ -442,7 +351,7 @@ class Observer(TorchFunctionMode):
             if extended and affine is None:
                 value = x.detach().clone()
         out: Tensor = func(*args, **kwargs)
-        self._flow.copy_samples(x, out)
+        self._samples.copy(x, out)
         if masked and source is not None:
             source.accept_overwriting()
         self._flow.set(out, label)
@@ -468,7 +377,7 @@ class Observer(TorchFunctionMode):
         """Tap ``out`` = sigma(``value``)."""
         assert self._pass is not None
         sink = self._sink(self._pass.activations, site.name, self._pass)
-        samples = self._flow.samples(out, self._pass.batch)
+        samples = self._samples.of(out, self._pass.batch)
         out = require_grad(out)
         tap = Tap(value, out, site.label.axis, self._pass.batch, sink, site.name, affine=affine, samples=samples)
         self._register(tap)
@@ -528,7 +437,7 @@ class Observer(TorchFunctionMode):
         if name in self.untapped:
             return
         sink = self._sink(self._pass.outputs, name, self._pass)
-        value, samples = y if value is None else value, self._flow.samples(y, self._pass.batch, table)
+        value, samples = y if value is None else value, self._samples.of(y, self._pass.batch, table)
         tap = Tap(value, y, axis, self._pass.batch, sink, name, affine=affine, samples=samples)
         self._taps.setdefault(name, []).append(tap)
         self._register(tap)
@@ -578,31 +487,9 @@ def _replace_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return (change(first), *output[1:]) if isinstance(output, tuple) else change(first)
 
 
-def _affine_norm(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Scale and shift per channel of a BatchNorm call that uses running statistics."""
-    mean, variance = given["running_mean"], given["running_var"]
-    with torch.no_grad():
-        wide = torch.promote_types(variance.dtype, torch.float32)
-        scale = (variance.to(wide) + given.get("eps", 1e-5)).rsqrt()
-        if given.get("weight") is not None:
-            scale = scale * given["weight"].to(wide)
-        shift = -mean.to(wide) * scale
-        return scale, shift if given.get("bias") is None else shift + given["bias"].to(wide)
-
-
 def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if name in _INPLACE_DUNDERS or (name.endswith("_") and not name.endswith("__")):
         return True
     if kwargs.get("inplace"):
         return True
     return name in ACTIVATIONS | {"dropout", "dropout2d"} and any(a is True for a in args[1:])
-
-
-def _difference(first: tuple[Site, ...], now: tuple[Site, ...]) -> str:
-    names = [site.name for site in first], [site.name for site in now]
-    at = next((i for i, (a, b) in enumerate(zip(first, now, strict=False)) if a != b), min(map(len, names)))
-    was, is_ = (n[at] if at < len(n) else "nothing" for n in names)
-    return (
-        f"the model's activations changed between two forward passes: call {at} was {was}, now it is {is_}. "
-        "Calibrate in one mode (model.eval()) and without branches that depend on the data or on chance."
-    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import ObservationError
-from .observer import samples_of_call
+from .passes import samples_of_call
 from .processes import gather, several
 
 
