@@ -198,7 +198,8 @@ def judge(record: dict) -> dict:
     """Return a record as one row of the table.
 
     ``verdict`` is one of "too large", "not built" (no input size runs), "not traced" (by Torch-Pruning),
-    "TP fails" (magnitude works in neither scope), "works" (PRO works wherever magnitude does), "ours", and
+    "TP fails" (magnitude works in neither scope, or PRO breaks the model and so do random channels), "works" (PRO
+    works wherever magnitude does), "ours", and
     "unfinished" (the time was up after the trace).
     """
     stages = record["stages"]
@@ -209,6 +210,7 @@ def judge(record: dict) -> dict:
     scores = stages.get("scores", {})
     magnitude = {s: passed(f"magnitude {s}") for s in SCOPES}
     pro = {s: passed(f"calibrate {s}") and passed("scores") and passed(f"pro {s}") for s in SCOPES}
+    broken = {s: stages.get(f"random {s}", {}).get("ok") is False for s in SCOPES}
     problems = list(our_failures(record))
     if record["status"] == "too large":
         verdict = "too large"
@@ -218,8 +220,10 @@ def judge(record: dict) -> dict:
         verdict = "not traced"
     elif problems:
         verdict = "ours"
-    elif record["status"] == "time limit" or any(magnitude[s] and not pro[s] for s in SCOPES):
+    elif record["status"] == "time limit" or any(magnitude[s] and not pro[s] and not broken[s] for s in SCOPES):
         verdict = "unfinished"
+    elif any(broken.values()):
+        verdict = "TP fails"
     else:
         verdict = "works" if any(magnitude.values()) else "TP fails"
     return {
@@ -238,7 +242,8 @@ def judge(record: dict) -> dict:
 def our_failures(record: dict) -> Iterator[tuple[str, dict]]:
     """Yield stage and error of what fails with PRO and not with magnitude.
 
-    Calibration and scores are ours whatever Torch-Pruning does; a step is, if it works with magnitude.
+    Calibration and scores are ours whatever Torch-Pruning does; a step is, if it works with magnitude and with
+    random channels.
     """
     stages = record["stages"]
     for stage in ("calibrate local", "scores", "pro local", "calibrate global", "pro global"):
@@ -248,12 +253,14 @@ def our_failures(record: dict) -> Iterator[tuple[str, dict]]:
         kind, _, scope = stage.partition(" ")
         if kind == "pro" and not stages.get(f"magnitude {scope}", {}).get("ok"):
             continue
+        if kind == "pro" and stages.get(f"random {scope}", {}).get("ok") is False:
+            continue  # Torch-Pruning breaks the model for random channels, too
         yield stage, result.get("error", {"type": "unknown", "message": ""})
 
 
 def their_failures(record: dict) -> Iterator[tuple[str, dict]]:
-    """Yield stage and error of what Torch-Pruning cannot do with magnitude."""
-    for stage in ("trace", *(f"magnitude {s}" for s in SCOPES)):
+    """Yield stage and error of what Torch-Pruning cannot do with magnitude, or with random channels."""
+    for stage in ("trace", *(f"{kind} {s}" for kind in ("magnitude", "random") for s in SCOPES)):
         result = record["stages"].get(stage)
         if result is not None and not result.get("ok") and not (stage != "trace" and _late(result)):
             yield stage, result.get("error", {"type": "unknown", "message": ""})

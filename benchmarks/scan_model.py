@@ -253,6 +253,15 @@ def prune_and_run(subject: Subject, pruner: tp.pruner.BasePruner, result: dict) 
         result.update(ok=False, error={"type": "NoOp", "message": "step() removed nothing, without an error"})
 
 
+def prune_at_random(fresh: Callable[[], Subject], scope: str, result: dict) -> None:
+    """Prune random channels, five times: an importance only chooses channels, and some break the model."""
+    for seed in range(5):
+        subject = fresh()
+        torch.manual_seed(seed)
+        result["seed"] = seed
+        prune_and_run(subject, build_pruner(subject, tp.importance.RandomImportance(), scope), result)
+
+
 def calibrate(subject: Subject, pruner: tp.pruner.BasePruner, importance: PROImportance) -> None:
     """Gather statistics on random images; detectors, and outputs without classes, go with a loss of their own."""
     if subject.detector:
@@ -338,6 +347,9 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
                 result.update(check_scores(asked, importance, pruner))
         with record.stage(f"pro {scope}") as result:
             prune_and_run(subject, pruner, result)
+        if not record.passed(f"pro {scope}"):
+            with record.stage(f"random {scope}") as result:
+                prune_at_random(fresh, scope, result)
 
 
 def limit_resources(seconds: float, gigabytes: float) -> None:

@@ -141,6 +141,17 @@ def test_a_model_without_a_result_is_never_counted_as_working(finished):
     assert "|              0 |" in scan.totals(scan.pd.DataFrame([row]))
 
 
+def test_channels_that_break_the_model_whoever_chose_them_are_not_ours(finished):
+    record = record_of(finished[0], "Net")
+    error = {"type": "RuntimeError", "message": "expected 63 channels, but got 64"}
+    record["stages"]["pro global"] = {"ok": False, "error": error}
+    record["stages"]["random global"] = {"ok": True}
+    assert scan.judge(record)["verdict"] == "ours"
+    record["stages"]["random global"] = {"ok": False, "seed": 2, "error": error}
+    assert scan.judge(record)["verdict"] == "TP fails"
+    assert [stage for stage, _ in scan.their_failures(record)] == ["random global"]
+
+
 def test_large_models_are_left_out_until_the_limit_rises(tmp_path, monkeypatch):
     entry = scan_zoo.Entry("timm/huge", "timm/huge", 70_000_000)
     record = scan.examine(entry, config(tmp_path))
