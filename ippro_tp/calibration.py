@@ -135,6 +135,7 @@ class Calibrated(abc.ABC):
         self._sums = observation.sums
         self._records = records
         self._cache = {}
+        self._asked_by(target)
         self._model = weakref.ref(model)
         self._weights = {n: weakref.ref(w) for n, w in _weights_of(model, records.values()).items()}
 
@@ -258,6 +259,10 @@ class Calibrated(abc.ABC):
     def _settings(self) -> dict[str, Any]:
         """What must be equal for statistics to be added up: plain types only."""
         return {"class": type(self).__name__}
+
+    def _asked_by(self, target: Any) -> None:
+        """Note the pruner that was calibrated: its steps will ask for scores."""
+        return
 
     def _extra_state(self) -> Any:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from .passes import Pass, Site
 from .processes import rank, reducing
 from .report import GroupReport, Report
 from .statistics import Sums
+from .targets import raise_the_best, ranks_everything
 
 ESTIMATORS = ("expected", "paper")
 REDUCTIONS = ("joint", "mean", "sum", "max", "prod", "first")
@@ -299,6 +301,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         self.cost_exponent = power / 2 if cost_exponent is None else cost_exponent
         self._positions: dict[str, int] = {}
         self._unseen_readers: dict[str, str] = {}
+        self._pruner: weakref.ref[Any] | None = None
+        self._raised_at: tuple[int, dict[str, Tensor]] = (-1, {})  # the pruner's step, other scores for it
         self._costs: dict[str, float] | None = None
         self._normalize = tp.importance.GroupMagnitudeImportance(normalizer=normalizer)._normalize
         self._wiring = Wiring()
@@ -334,6 +338,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         device = next(iter(model.get_submodule(record.producers[0].name).parameters()), scores).device
         picked: Tensor = self._normalize(scores.to(device)[positions.to(device)], self.normalizer)
         picked = picked / self._relative_cost(record, model)
+        if (raised := self._raised(group._DG, model).get(record.key)) is not None:
+            picked = raised.to(device)[positions.to(device)]
         # A normaliser divides by zero where all scores of a group are zero; there, all are equally unimportant.
         return picked.float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
 
@@ -346,6 +352,27 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             )
             self._cache[key] = (scores if record.tied is None else scores[record.tied.to(scores.device)]).float()
         return self._cache[key]
+
+    def _raised(self, graph: Any, model: nn.Module) -> dict[str, Tensor]:
+        """Other scores for the groups that the pruner's present global step would leave whole."""
+        pruner = self._pruner() if self._pruner is not None else None
+        if pruner is None or pruner.DG is not graph or not ranks_everything(pruner):
+            return {}
+        if self._raised_at[0] != pruner.current_step:
+            known = {key: r for key, r in self._records.items() if r.producers and key not in self._unseen_readers}
+            scores = {}
+            for key, record in known.items():
+                plain = self._normalize(self._group_scores(record, model), self.normalizer).cpu()
+                scores[key] = plain / self._relative_cost(record, model)
+            self._raised_at = pruner.current_step, raise_the_best(pruner, known, scores)
+        return self._raised_at[1]
+
+    def _asked_by(self, target: Any) -> None:
+        self._pruner = weakref.ref(target) if hasattr(target, "per_step_pruning_ratio") else None
+        self._raised_at = (-1, {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_pruner": None}
 
     def _relative_cost(self, record: GroupRecord, model: nn.Module) -> float:
         """Cost of one of the group's channels to the power of ``cost_exponent``, relative to the mean group."""

@@ -855,3 +855,44 @@ def test_a_pruner_without_calibration_says_what_is_missing():
         pruner = case.pruner(case.model(torch.float32), make(), cls=cls)
         with pytest.raises(NotCalibratedError, match=r"calibrate\(pruner, loader\)"):
             pruner.step()
+
+
+def _one_group_lowest(**options):
+    """A net whose second layer hardly matters, and a global pruner that would remove a third of all channels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Conv2d(20, 10, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(10, 4),
+    ).eval()  # fmt: skip
+    imp = PROImportance(cost=lambda record, _: 1e12 if record.key == "2.out" else 1.0)
+    pruner = make_pruner(
+        model, images()[0][:1], imp, [model[6]], global_pruning=True, pruning_ratio=0.35, **options
+    )
+    calibrate(imp, pruner)
+    return model, imp, pruner
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_group_that_ranks_lowest_as_a_whole_is_pruned_to_the_ratio_given(steps):
+    model, imp, pruner = _one_group_lowest(max_pruning_ratio=0.8, iterative_steps=steps)
+    for step in range(steps):
+        if step:
+            calibrate(imp, pruner)
+        pruner.step()
+    assert model[2].out_channels == 2
+    model(images()[0])
+
+
+def test_a_group_that_is_left_whole_is_told_of():
+    model, _, pruner = _one_group_lowest()
+    with pytest.warns(RuntimeWarning, match="all channels of 1 groups (.|\n)*'2.out'(.|\n)*max_pruning_ratio"):
+        pruner.step()
+    assert model[2].out_channels == 10
+
+
+def test_scores_outside_a_step_are_plain():
+    _, imp, pruner = _one_group_lowest(max_pruning_ratio=0.8)
+    for group in groups_of(pruner):
+        record, _ = imp._lookup(group)
+        plain = imp._group_scores(record, pruner.model) / imp._relative_cost(record, pruner.model)
+        assert torch.equal(imp(group), plain)
