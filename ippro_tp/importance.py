@@ -96,15 +96,6 @@ class GradientObservation:
                 "no gradient reached the model inside observe(): call loss.backward() for each batch, with a "
                 "loss that depends on the model's output."
             )
-        for record in self._records:
-            names = {producer.name for producer in record.producers}
-            wrong = next((sorted(pair) for pair in self._observer.crossed if pair <= names), None)
-            if wrong is not None:
-                raise ObservationError(
-                    f"Torch-Pruning ties {wrong[0]!r} to {wrong[1]!r} in group {record.key!r}, but the channels "
-                    "of one are positions of the other (it follows no transpose, as in gMLP's gate). Put one of "
-                    "them into the pruner's ignored_layers."
-                )
         if self._kept is None:
             return
         skipped = self._counted - int(self._kept)
@@ -121,13 +112,24 @@ class GradientObservation:
             )
 
     @property
-    def unseen_readers(self) -> dict[str, str]:
-        """Group -> a layer that reads its channels without Torch-Pruning knowing of it."""
+    def unscored(self) -> dict[str, str]:
+        """Groups that cannot be scored, and why: Torch-Pruning would prune something else than what it says."""
         found: dict[str, str] = {}
-        for name, layers in self._observer.borrowed.items():
-            for record in self._records:
-                if name not in record.members and any(p.name in layers for p in record.producers):
-                    found.setdefault(record.key, name)
+        for record in self._records:
+            names = {producer.name for producer in record.producers}
+            wrong = next((sorted(pair) for pair in self._observer.crossed if pair <= names), None)
+            if wrong is not None:
+                found[record.key] = (
+                    f"Torch-Pruning ties {wrong[0]!r} to {wrong[1]!r}, but the channels of one are positions of "
+                    "the other (it follows no transpose, as in gMLP's gate). With one of them in the pruner's "
+                    "ignored_layers the rest can be pruned."
+                )
+            for name, layers in self._observer.borrowed.items():
+                if name not in record.members and names & layers:
+                    found[record.key] = (
+                        f"{name!r} reads its channels by a call with its weight, F.linear(x, weight), which "
+                        "Torch-Pruning does not see. Call the layer itself in the model's forward."
+                    )
         return found
 
     def _readers(self) -> list[str]:
@@ -300,7 +302,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         self.cost = cost
         self.cost_exponent = power / 2 if cost_exponent is None else cost_exponent
         self._positions: dict[str, int] = {}
-        self._unseen_readers: dict[str, str] = {}
+        self._unscored: dict[str, str] = {}
         self._pruner: weakref.ref[Any] | None = None
         self._raised_at: tuple[int, dict[str, Tensor]] = (-1, {})  # the pruner's step, other scores for it
         self._costs: dict[str, float] | None = None
@@ -319,9 +321,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
         Returns:
             ``(len(group[0].idxs),)`` float32 on the device of the group's layers, finite, higher = keep; ``None``
-            only where the group has no producer, or where pruning it would break the model (see
-            ``report()``): a layer reads its channels through its weight alone, ``F.linear(x, self.qkv.weight)``,
-            and Torch-Pruning leaves that layer as it is.
+            only where the group has no producer, or where Torch-Pruning would prune something else than it says:
+            channels of one layer are tied to positions of another, or a layer reads them through its weight alone,
+            ``F.linear(x, self.qkv.weight)``, and would not be cut. ``calibrate`` warns, ``report()`` shows which.
 
         Raises:
             NotCalibratedError: there are no statistics for this group.
@@ -331,7 +333,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         if found is None:
             return None
         record, positions = found
-        if record.key in self._unseen_readers:
+        if record.key in self._unscored:
             return None
         model: nn.Module = group._DG.model
         scores = self._group_scores(record, model)
@@ -359,7 +361,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         if pruner is None or pruner.DG is not graph or not ranks_everything(pruner):
             return {}
         if self._raised_at[0] != pruner.current_step:
-            known = {key: r for key, r in self._records.items() if r.producers and key not in self._unseen_readers}
+            known = {key: r for key, r in self._records.items() if r.producers and key not in self._unscored}
             scores = {}
             for key, record in known.items():
                 plain = self._normalize(self._group_scores(record, model), self.normalizer).cpu()
@@ -415,8 +417,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             layers = estimator.layers(record, self._wiring)
             sites = {p.name: self._wiring.site_of(p.name) for p in layers if p.name in self._wiring.seen}
             unseen = tuple(p.name for p in record.producers if p.name not in self._wiring.seen)
-            reader = self._unseen_readers.get(record.key)
-            notes = (f"not scored: {reader} reads it unseen by Torch-Pruning",) if reader is not None else ()
+            why = self._unscored.get(record.key)
+            notes = (f"not scored: {why}",) if why is not None else ()
             rows.append(GroupReport.of(record, scores, sites, unseen, notes))
         return Report(tuple(rows))
 
@@ -452,13 +454,12 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     def _commit(self, observation: GradientObservation) -> None:
         self._wiring = observation.wiring
         self._positions = observation.positions
-        self._unseen_readers = observation.unseen_readers
+        self._unscored = observation.unscored
         self._costs = None
-        for group, reader in self._unseen_readers.items():
+        if self._unscored:
+            group, why = next(iter(self._unscored.items()))
             warnings.warn(
-                f"group {group!r} gets no score and will not be pruned: {reader!r} reads its channels by a call "
-                "with its weight, F.linear(x, weight), which Torch-Pruning does not see. Call the layer itself "
-                "in the model's forward to have the group pruned.",
+                f"{len(self._unscored)} groups get no score and will not be pruned. {group!r}: {why}",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -482,7 +483,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             }
             for site in self._wiring.sites
         ]
-        extra = {"positions": dict(self._positions), "unseen_readers": dict(self._unseen_readers)}
+        extra = {"positions": dict(self._positions), "unscored": dict(self._unscored)}
         return {**extra, "sites": sites, "norm_of": dict(self._wiring.norm_of), "seen": sorted(self._wiring.seen)}
 
     def _load_extra_state(self, extra: Any) -> None:
@@ -491,7 +492,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             for site in extra["sites"]
         )
         self._positions, self._costs = dict(extra["positions"]), None
-        self._unseen_readers = dict(extra["unseen_readers"])
+        self._unscored = dict(extra["unscored"])
         self._wiring = Wiring(sites, dict(extra["norm_of"]), frozenset(extra["seen"]))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from ippro_tp import ObservationError, PROImportance, SpaSPImportance
+from ippro_tp import PROImportance, SpaSPImportance
 from ippro_tp.groups import groups_of, read_group
 
 from .nets import make_pruner
@@ -54,7 +54,7 @@ def test_attention_modules_and_embeddings_write_to_the_stream(words):
     assert model.norm.weight.numel() == 4
 
 
-def test_channels_that_are_positions_of_another_layer_are_refused():
+def test_channels_that_are_positions_of_another_layer_are_left_alone():
     """gMLP's gate: Torch-Pruning takes the tokens of one layer for channels of the other."""
 
     class Gate(nn.Module):
@@ -77,9 +77,15 @@ def test_channels_that_are_positions_of_another_layer_are_refused():
             out_channel_groups={}, num_heads={}, channel_groups={},
         )  # fmt: skip
 
-    with pytest.raises(ObservationError, match=r"'fc1' to 'proj'(.|\n)*ignored_layers"):
-        PROImportance().calibrate(pruner([]), [x], progress=False)
-    PROImportance().calibrate(pruner([model.proj]), [x], progress=False)
+    imp, wrong = PROImportance(), pruner([])
+    with pytest.warns(RuntimeWarning, match=r"not be pruned(.|\n)*'fc1' to 'proj'(.|\n)*ignored_layers"):
+        imp.calibrate(wrong, [x], progress=False)
+    for group in groups_of(wrong):
+        names = {p.name for p in read_group(group).producers}
+        assert (imp(group) is None) == ({"fc1", "proj"} <= names)
+    right = pruner([model.proj])
+    imp.calibrate(right, [x], progress=False)
+    assert all(imp(group) is not None for group in groups_of(right))
 
 
 @pytest.mark.parametrize("settings", [{}, {"reference": "mean"}, {"estimator": "paper"}], ids=str)
@@ -236,14 +242,14 @@ def test_a_group_that_a_weight_reads_unseen_is_left_alone():
     model = Net().eval()
     imp = PROImportance()
     pruner = make_pruner(model, torch.randn(1, 3), imp, [model.fc])
-    with pytest.warns(RuntimeWarning, match="'hidden.out' gets no score(.|\n)*'qkv' reads"):
+    with pytest.warns(RuntimeWarning, match="1 groups get no score(.|\n)*'hidden.out': 'qkv' reads"):
         imp.calibrate(pruner, [torch.randn(8, 3)], progress=False)
     again = PROImportance()
     again.load_state_dict(imp.state_dict())
     for group in groups_of(pruner):
         for each in (imp, again):
             assert (each(group) is None) == (read_group(group).key == "hidden.out")
-    assert any("unseen" in note for row in imp.report() for note in row.notes)
+    assert any("not scored" in note for row in imp.report() for note in row.notes)
     pruner.step()
     assert (model.stem.out_features, model.hidden.out_features) == (4, 6)
     model(torch.randn(2, 3))
