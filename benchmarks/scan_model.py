@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
+import math
 import os
 import resource
 import signal
@@ -210,7 +211,11 @@ def parameters(model: nn.Module) -> int:
 
 
 def build_pruner(subject: Subject, importance: Callable, scope: str) -> tp.pruner.BasePruner:
-    """Return a pruner over the subject's model, with its own dictionaries (TP's defaults are shared)."""
+    """Return a pruner over the subject's model, with its own dictionaries (TP's defaults are shared).
+
+    Embeddings of ``nn.MultiheadAttention`` have to remain divisible by its heads.
+    """
+    heads = [m.num_heads for m in subject.model.modules() if isinstance(m, nn.MultiheadAttention)]
     return tp.pruner.BasePruner(
         subject.model,
         subject.inputs,
@@ -223,6 +228,7 @@ def build_pruner(subject: Subject, importance: Callable, scope: str) -> tp.prune
         out_channel_groups={},
         num_heads=dict(subject.num_heads),
         channel_groups={},
+        round_to=math.lcm(*heads) if heads else None,
         forward_fn=_forward,  # without it, TP hides an error of the model behind that of a second try
     )
 
@@ -263,17 +269,17 @@ def prune_at_random(fresh: Callable[[], Subject], scope: str, result: dict) -> N
 
 
 def calibrate(subject: Subject, pruner: tp.pruner.BasePruner, importance: PROImportance) -> None:
-    """Gather statistics on random images; detectors, and outputs without classes, go with a loss of their own."""
+    """Gather statistics on random images; detectors go with a loss of their own.
+
+    Logits of random weights may be of any size and saturate a softmax: the loss is noise on the logits.
+    """
     if subject.detector:
         with importance.observe(pruner):
             for _ in range(BATCHES):
                 energy(subject.model(*subject.batch(SAMPLES))).backward()
         return
-    with torch.no_grad():
-        output = outputs_of(subject.model(*subject.inputs))[0]
-    loss = None if output.dim() >= 2 and output.shape[1] >= 2 else LogitNoise()
     batches = [subject.batch(SAMPLES + n)[0] for n in range(BATCHES)]
-    importance.calibrate(pruner, batches, loss, progress=False)
+    importance.calibrate(pruner, batches, LogitNoise(), progress=False)
 
 
 def check_scores(asked: Checked, importance: PROImportance, pruner: tp.pruner.BasePruner) -> dict:

@@ -452,6 +452,13 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         return GradientObservation(model, groups, self._make_estimator(loss_reduction), _scale_of(loss_scale))
 
     def _commit(self, observation: GradientObservation) -> None:
+        counts = ("samples", "read/", "rows/")  # not made of gradients
+        if not any(v.count_nonzero() for name, v in observation.sums.items() if not name.startswith(counts)):
+            raise ObservationError(
+                "all gradients are exactly zero, so nothing can be ranked: the prediction is saturated (a softmax "
+                "of huge logits), or the loss does not depend on the output. Give calibrate() another loss_fn, "
+                "LogitNoise() for example, or scale the logits."
+            )
         self._wiring = observation.wiring
         self._positions = observation.positions
         self._unscored = observation.unscored

@@ -11,7 +11,7 @@ import torch_pruning as tp
 import torchvision
 from torch import nn
 
-from ippro_tp import NotCalibratedError, ObservationError, PROImportance, StaleStatisticsError
+from ippro_tp import LogitNoise, NotCalibratedError, ObservationError, PROImportance, StaleStatisticsError
 from ippro_tp.groups import groups_of
 
 from .nets import CASES, make_pruner
@@ -465,3 +465,18 @@ def _pruner_for_rereads():
         model, torch.randn(1, 3, 8, 8), importance=None, pruning_ratio=0.5, ignored_layers=[model[5]]
     )
     return model, pruner
+
+
+@pytest.mark.parametrize("settings", [{}, {"reference": "mean"}, {"estimator": "paper"}], ids=str)
+def test_gradients_that_are_all_zero_are_an_error(settings):
+    """A softmax of huge logits is one-hot: neither its noise nor its cross-entropy has a gradient."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        model[1].weight.mul_(1e8)
+    imp = PROImportance(**settings)
+    pruner = make_pruner(model, torch.randn(1, 4), imp, [model[1]])
+    x = torch.randn(5, 4)
+    with pytest.raises(ObservationError, match="exactly zero(.|\n)*LogitNoise"):
+        imp.calibrate(pruner, [(x, model(x).argmax(1))], progress=False)
+    imp.calibrate(pruner, [x], LogitNoise(), progress=False)
