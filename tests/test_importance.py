@@ -477,6 +477,6 @@ def test_gradients_that_are_all_zero_are_an_error(settings):
     imp = PROImportance(**settings)
     pruner = make_pruner(model, torch.randn(1, 4), imp, [model[1]])
     x = torch.randn(5, 4)
-    with pytest.raises(ObservationError, match="exactly zero(.|\n)*LogitNoise"):
+    with pytest.raises(ObservationError, match=r"exactly zero(.|\n)*LogitNoise"):
         imp.calibrate(pruner, [(x, model(x).argmax(1))], progress=False)
     imp.calibrate(pruner, [x], LogitNoise(), progress=False)
