@@ -43,6 +43,12 @@ def draw_all(folder: Path, result: dict) -> list[Path]:
     return paths
 
 
+def phase_names(result: dict) -> dict[str, str]:
+    """Return what the phases of a run are called, in their order."""
+    names = {phase: name for phase, name in PHASES.items() if phase in result["quality"]}
+    return names | ({"pruned": "pruned, compensated"} if result["compensation"] else {})
+
+
 def _plain(axis, grid: str = "y") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, alpha=0.25)
@@ -51,8 +57,8 @@ def _plain(axis, grid: str = "y") -> None:
 
 def _summary(result: dict):
     """Quality after each phase, and what is left of MACs, parameters and latency."""
-    phases = [p for p in PHASES if p in result["quality"]]
-    values = [100 * result["quality"][p] for p in phases]
+    names = phase_names(result)
+    values = [100 * result["quality"][p] for p in names]
     plan = result["plan"]
     sizes = {"MACs": plan["macs_fraction"], "parameters": plan["params_fraction"]}
     times = [result["latency"][k]["median_seconds"] for k in ("unpruned", "pruned")]
@@ -62,11 +68,15 @@ def _summary(result: dict):
         f"{plan['params_before'] / 1e6:,.2f} → {plan['params'] / 1e6:,.2f} M",
         f"{1e3 * times[0]:,.1f} → {1e3 * times[1]:,.1f} ms",
     ]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(max(len(phases), 3), 3))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(max(len(names), 3), 3))
     colours = [BEFORE, REMOVED, "#E69F00", AFTER]
-    shown = [colours[list(PHASES).index(p)] for p in phases]
-    bars = left.bar([PHASES[p] for p in phases], values, color=shown, width=0.62)
-    left.bar_label(bars, fmt="%.1f", padding=2)
+    shown = [colours[list(PHASES).index(p)] for p in names]
+    bars = left.bar([n.replace(", ", ",\n") for n in names.values()], values, color=shown, width=0.62)
+    labels = [
+        f"{v:.1f}" + (f"  ({v - values[0]:+.1f})" if p != "unpruned" else "")
+        for p, v in zip(names, values, strict=True)
+    ]
+    left.bar_label(bars, labels, padding=2)
     left.set_ylabel(f"{result['metric']} (%)")
     left.set_ylim(0, max(*values, 1) * 1.15)
     left.set_yticks([t for t in left.get_yticks() if t <= 100])

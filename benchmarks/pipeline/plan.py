@@ -6,6 +6,7 @@ import copy
 import math
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,13 +154,16 @@ class Planner:
 
     def _step(self, plan: Plan, number: int) -> None:
         model = plan.model
+        title = f"step {number} of {self.config.steps}: " if self.config.steps > 1 else ""
+        print(f"{title}scoring channels ({self.config.importance})", file=sys.stderr)
         scores = self.scores(model)
         ranked, largest = self._protected(model, scores)
         found, rounding, ratios = self._search(plan, ranked, number, largest)
         compensation = None
         if self.config.compensate:
             pruner = self._pruner(copy.deepcopy(model))
-            compensation = Compensation().calibrate(pruner, self.batches, progress=False)
+            print(f"{title}refitting layers (compensation)", file=sys.stderr)
+            compensation = Compensation().calibrate(pruner, self.batches)
         layers = {key: read_group(g).producers for g, key in self._groups(model)}
         pruned = self._prune(model, ranked, found.ratio, rounding == "staggered", ratios, compensation)
         order = {name: number for number, name in enumerate(widths(model))}

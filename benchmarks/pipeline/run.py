@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.cells import as_dict, environment, write_json
+from benchmarks.errors import UsageError
 from benchmarks.evaluate import reestimate_batchnorm
 from benchmarks.models.checkpoints import fingerprint
 from benchmarks.pipeline import dry, export
@@ -30,6 +31,8 @@ from benchmarks.pipeline.store import Store, check_folder
 from benchmarks.pipeline.training import Trainer
 from ippro_tp import load_pruned, save_pruned
 
+TRAINED = "unpruned.safetensors"
+"""The network that --train-epochs trained, in the folder of what a killed run needs; it stays."""
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -107,7 +110,7 @@ class _Run:
     def unpruned(self) -> nn.Module:
         """Return the unpruned network on the device, trained if so configured, with its quality recorded."""
         config, model, store = self.config, self.network.model, self.store
-        path = store.progress / "unpruned.safetensors"
+        path = store.progress / TRAINED
         if store.result("unpruned") is None:
             training = None
             if config.train_epochs:
@@ -127,11 +130,21 @@ class _Run:
         """Return the pruned network."""
         if self.store.result("pruned") is None:
             begin = time.perf_counter()
-            plan = self.plan if self.plan is not None else self.planner.plan(unpruned)
+            plan = self.plan if self.plan is not None else self._planned(unpruned)
             self._keep("pruned", plan.model)
             write_json(self.store.progress / "plan.json", plan.record() | {"compensation": plan.compensation})
             self._record("pruned", plan.model, {"seconds": round(time.perf_counter() - begin, 2)})
         return self._kept("pruned")
+
+    def _planned(self, unpruned: nn.Module) -> Plan:
+        """Plan; if the flags turn out to be impossible, say where the network is that was trained for them."""
+        try:
+            return self.planner.plan(unpruned)
+        except UsageError as error:
+            trained = self.store.progress / TRAINED
+            raise UsageError(
+                f"{error}; the trained network is {trained}, for --checkpoint and another --out"
+            ) from error
 
     def reestimated(self, model: nn.Module) -> nn.Module:
         """Return the network with BatchNorm statistics of the calibration images, if it has BatchNorm."""
@@ -193,9 +206,9 @@ class _Run:
             "environment": environment(),
         }
         if config.task == "segmentation":
-            draw_masks(
-                folder / "figures" / "masks.png", self.images.val, unpruned, model, self.device, self.objective
-            )
+            networks = {"unpruned": unpruned, "pruned, fine-tuned" if "finetuned" in phases else "pruned": model}
+            path = folder / "figures" / "masks.png"
+            draw_masks(path, self.images.val, networks, self.device, self.objective, self.network.data)
         figures = draw_all(folder / "figures", result)
         if config.task == "segmentation":
             figures.append(folder / "figures" / "masks.png")

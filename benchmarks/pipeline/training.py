@@ -89,7 +89,11 @@ class Trainer:
                     loss = self._step(model, images, targets, optimizer, scaler, dtype, teacher)
                     scheduler.step()
                     if not math.isfinite(loss):
-                        raise UsageError(f"the loss became {loss} in epoch {epoch + 1} of {phase}; lower --lr")
+                        flag = "--train-lr" if phase == "trained" else "--lr"
+                        raise UsageError(
+                            f"the loss became {loss} in epoch {epoch + 1} ({phase}): choose a lower {flag}, and "
+                            "another --out"
+                        )
                     position["sum"] += loss
                     position["step"] += 1
                     bar.update()

@@ -9,17 +9,20 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from pipeline_helpers import COLOURS, flags, make_folder
+from PIL import Image
+from pipeline_helpers import COLOURS, flags, make_folder, make_masks
 from torch import nn
 
 from benchmarks.__main__ import main
+from benchmarks.errors import UsageError
 from benchmarks.evaluate import accuracy
 from benchmarks.pipeline import plan as plans
 from benchmarks.pipeline.config import PruneRunConfig
 from benchmarks.pipeline.data import build_images, read_listing
-from benchmarks.pipeline.networks import build_network, load
+from benchmarks.pipeline.networks import build_network, check_classes, load
 from benchmarks.pipeline.objectives import Segmentation, divergence, mean_iou
 from benchmarks.pipeline.recipe import Recipe, make_optimizer, make_scheduler
+from benchmarks.pipeline.report import markdown
 from ippro_tp import load_pruned, save_pruned
 
 
@@ -59,6 +62,7 @@ def test_the_whole_way(finished, folder):
     assert len(result["history"]["trained"]) == len(result["history"]["finetuned"]) == 2
     assert result["history"]["trained"][1] < result["history"]["trained"][0]
     report = (finished / "report.md").read_text()
+    assert "| pruned, compensated" in report
     assert "| fine-tuned" in report
     assert f"--data-dir {folder}" in report
     assert {p.name for p in finished.iterdir()} == {
@@ -75,6 +79,14 @@ def test_the_saved_network_has_the_reported_quality_and_size(finished, folder):
     assert accuracy(model, images.validation(), "cpu") == result["quality"]["finetuned"]
     assert sum(p.numel() for p in model.parameters()) == result["plan"]["params"]
     assert not model.training
+
+
+def test_the_report_says_when_fine_tuning_did_harm(finished):
+    result = json.loads((finished / "results.json").read_text())
+    result["quality"] = {"unpruned": 0.9, "pruned": 0.8, "finetuned": 0.7}
+    assert "Fine-tuning lowered the quality: choose a lower --lr" in markdown(result, [])
+    result["quality"]["finetuned"] = 0.8
+    assert "Fine-tuning lowered" not in markdown(result, [])
 
 
 def test_figures_show_something(finished):
@@ -106,7 +118,9 @@ def test_dry_run_lists_the_groups_and_writes_nothing(folder, weights, tmp_path, 
     out = tmp_path / "out"
     more = ["--checkpoint", str(weights), "--params", "0.6", "--scope", "local", "--importance", "l1", "--dry-run"]
     assert main(flags(folder, out, *more)) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert "scoring channels (l1)" in progress
+    assert "refitting layers" in progress
     assert "layer1.0.conv1" in text
     assert "lowest score" in text
     assert "parameters" in text
@@ -259,6 +273,42 @@ def test_an_unreachable_target_is_refused_before_training(folder, tmp_path, caps
     assert main(flags(folder, tmp_path / "out", *more)) == 2
     assert "macs 0.1 of the unpruned network cannot be reached: with 0.5 of every layer gone" in _one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_missed_after_training_names_the_trained_network(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--train-epochs", "1", "--macs", "0.5", "--importance", "l2", "--no-compensate"]
+    assert main(flags(folder, out, *more, "--round-to", "64")) == 2
+    trained = out / "progress" / "unpruned.safetensors"
+    line = _one_line(capsys)
+    assert "macs 0.5 of the unpruned network cannot be reached within 1%" in line
+    assert line.endswith(f"the trained network is {trained}, for --checkpoint and another --out")
+    more = ["--checkpoint", str(trained), *more[2:]]
+    assert main(flags(folder, tmp_path / "again", *more)) == 0
+
+
+def test_a_loss_without_bounds_is_one_line(folder, weights, tmp_path, capsys):
+    more = ["--checkpoint", str(weights), "--pruning-ratio", "0.3", "--importance", "l2", "--no-compensate"]
+    command = flags(folder, tmp_path / "out", *more, "--finetune-epochs", "1")
+    command[command.index("0.02")] = "1e30"
+    assert main(command) == 2
+    assert "in epoch 1 (finetuned): choose a lower --lr, and another --out" in _one_line(capsys)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_masks_of_more_classes_than_outputs_are_refused(tmp_path):
+    config = PruneRunConfig(model="lraspp_mobilenet_v3_large", library="torchvision", task="segmentation",
+                            data_dir=make_masks(tmp_path), workers=0)  # fmt: skip
+    assert len(read_listing(config).classes) == 2
+    path = tmp_path / "val" / "masks" / "1.png"
+    mask = np.array(Image.open(path))
+    mask[-1] = 4  # a class that the training masks lack
+    Image.fromarray(mask).save(path)
+    classes = read_listing(config).classes
+    assert len(classes) == 5
+    check_classes(config, classes, 21)
+    with pytest.raises(UsageError, match="the masks hold numbers up to 4, the network has 2 outputs"):
+        check_classes(config, classes, 2)
 
 
 def test_tracing_without_end_is_given_up(folder, weights, tmp_path, capsys, monkeypatch):
