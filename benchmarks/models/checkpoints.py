@@ -29,7 +29,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files, and pickles of anything but tensors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise UsageError(f"{path} cannot be read as a state dict ({reason}); save model.state_dict()") from error
     if not isinstance(state, dict):
         raise UsageError(f"{path} holds a {type(state).__name__}, no state dict; save model.state_dict()")

@@ -231,7 +231,7 @@ BAD = {
     "untrained": (None, ["--checkpoint", "None"], "an untrained network is not worth pruning"),
     "no checkpoint": (None, ["--checkpoint", "nothing.safetensors"], "no checkpoint at nothing.safetensors"),
     "other checkpoint": (None, ["--model", "resnet18"], "is a checkpoint of another architecture than ResNet"),
-    "unreachable": (None, ["--macs", "0.001"], "macs 0.001 of the unpruned network cannot be reached within 1%"),
+    "unreachable": (None, ["--macs", "0.001"], "of the unpruned network cannot be reached within 0.01%"),
     "bad ratios": (
         None, ["--macs", "None", "--pruning-ratio", "0.3", "--layer-ratios", "layer1"], "write PATTERN=RATIO",
     ),
@@ -275,14 +275,37 @@ def test_an_unreachable_target_is_refused_before_training(folder, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_target_missed_after_training_names_the_trained_network(folder, tmp_path, capsys):
+@pytest.mark.parametrize("more", [["--macs", "0.001"], ["--macs", "0.5", "--round-to", "64"]])
+def test_no_way_of_pruning_is_tried_in_vain(more, folder, tmp_path, capsys):
+    assert main(flags(folder, tmp_path / "out", "--train-epochs", "1", *more)) == 2
+    assert "cannot be reached: with 0.9 of every layer gone" in _one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_small_target_is_met_within_a_tenth(folder, weights, tmp_path, capsys):
+    more = ["--checkpoint", str(weights), "--macs", "0.012", "--scope", "local", "--importance", "l2"]
+    assert main(flags(folder, tmp_path / "out", *more, "--no-compensate", "--max-pruning-ratio", "0.87")) == 2
+    assert "cannot be reached within 0.12%: the nearest is 0.0" in _one_line(capsys)
+
+
+def test_a_folder_that_cannot_be_written(folder, weights, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    command = flags(folder, tmp_path / "file" / "out", "--checkpoint", str(weights), "--pruning-ratio", "0.3")
+    assert main([*command, "--importance", "l2", "--no-compensate"]) == 2
+    assert "file/out cannot be written (Not a directory); choose another" in _one_line(capsys)
+
+
+def test_a_target_missed_after_training_names_the_trained_network(folder, tmp_path, capsys, monkeypatch):
+    def missed(*_):
+        raise UsageError("macs 0.5 cannot be reached")
+
     out = tmp_path / "out"
     more = ["--train-epochs", "1", "--macs", "0.5", "--importance", "l2", "--no-compensate"]
-    assert main(flags(folder, out, *more, "--round-to", "64")) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(plans.Planner, "plan", missed)
+        assert main(flags(folder, out, *more)) == 2
     trained = out / "progress" / "unpruned.safetensors"
-    line = _one_line(capsys)
-    assert "macs 0.5 of the unpruned network cannot be reached within 1%" in line
-    assert line.endswith(f"the trained network is {trained}, for --checkpoint and another --out")
+    assert _one_line(capsys).endswith(f"the trained network is {trained}, for --checkpoint and another --out")
     more = ["--checkpoint", str(trained), *more[2:]]
     assert main(flags(folder, tmp_path / "again", *more)) == 0
 
