@@ -21,7 +21,7 @@ from benchmarks.pipeline import dry, export
 from benchmarks.pipeline.config import PruneRunConfig, check, identity
 from benchmarks.pipeline.data import Images, build_images, mask_size, read_listing
 from benchmarks.pipeline.figures import draw_all
-from benchmarks.pipeline.latency import latency
+from benchmarks.pipeline.latency import latencies
 from benchmarks.pipeline.masks import draw_masks
 from benchmarks.pipeline.networks import Network, build_network
 from benchmarks.pipeline.objectives import Classification, Segmentation
@@ -194,7 +194,7 @@ class _Run:
                 for name, phase in (("trained", "unpruned"), ("finetuned", "finetuned"))
                 if "loss" in phases.get(phase, {})
             },
-            "latency": {"unpruned": latency(unpruned, example), "pruned": latency(model, example)},
+            "latency": latencies({"unpruned": unpruned, "pruned": model}, example),
             "images": {
                 "train": len(self.images.train),
                 "val": len(self.images.val),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from itertools import pairwise
 
 import matplotlib.image
 import numpy as np
@@ -19,6 +21,7 @@ from benchmarks.evaluate import accuracy
 from benchmarks.pipeline import plan as plans
 from benchmarks.pipeline.config import PruneRunConfig
 from benchmarks.pipeline.data import build_images, read_listing
+from benchmarks.pipeline.latency import latencies
 from benchmarks.pipeline.networks import build_network, check_classes, load
 from benchmarks.pipeline.objectives import Segmentation, divergence, mean_iou
 from benchmarks.pipeline.recipe import Recipe, make_optimizer, make_scheduler
@@ -414,3 +417,23 @@ def test_the_ten_lines_of_python(tmp_path):
     comp.step(pruner)
     save_pruned(model, tmp_path, {"library": "timm", "name": "test_resnet", "kwargs": {"num_classes": 3}})
     assert torch.equal(load_pruned(tmp_path)(loader[0][0]), model(loader[0][0]))
+
+
+def test_latency_is_measured_in_turns():
+    order = []
+
+    class Slow(nn.Module):
+        def __init__(self, name, seconds):
+            super().__init__()
+            self.name, self.seconds = name, seconds
+
+        def forward(self, x):
+            order.append(self.name)
+            time.sleep(self.seconds)
+            return x
+
+    found = latencies({"a": Slow("a", 0.02), "b": Slow("b", 0.005)}, torch.zeros(1, 3, 4, 4), 0.1)
+    assert 0.02 <= found["a"]["median_seconds"] < 0.2
+    assert 0.005 <= found["b"]["median_seconds"] < found["a"]["median_seconds"]
+    assert found["a"]["runs"] >= 5
+    assert sum(one != other for one, other in pairwise(order)) == 9
