@@ -55,7 +55,7 @@ class PruneRunConfig:
     round_to: int = 0
     """Widths are multiples of this; 0 for any."""
     max_pruning_ratio: float = 0.9
-    """Largest ratio per layer."""
+    """Largest ratio per layer, over all steps."""
     importance: str = "pro-mean"
     """Any criterion of ``compare``: pro, l1, l2, taylor, ...; pro-mean is PRO for compensated networks."""
     cost: Literal["auto", "none", "macs", "params"] = "auto"

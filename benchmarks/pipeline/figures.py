@@ -34,7 +34,7 @@ def draw_all(folder: Path, result: dict) -> list[Path]:
         partial.replace(path)
     if result.get("history"):
         path = folder / "training.png"
-        figure = _training(result["history"])
+        figure = _training(result["history"], result.get("distilled", False))
         partial = path.with_suffix(".tmp")
         figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
         plt.close(figure)
@@ -172,13 +172,16 @@ def _scores(result: dict):
     return figure
 
 
-def _training(history: dict[str, list[float]]):
+def _training(history: dict[str, list[float]], distilled: bool):
     """Mean training loss per epoch."""
+    labels = {"trained": "unpruned network", "finetuned": "fine-tuning"}
+    if distilled:
+        labels["finetuned"] += " (half of it the distance from the unpruned network)"
     figure, axis = plt.subplots(figsize=(6, 3.2))
     for name, colour in (("trained", "0.5"), ("finetuned", AFTER)):
         if name in history:
-            label = {"trained": "unpruned network", "finetuned": "fine-tuning"}[name]
-            axis.plot(range(1, len(history[name]) + 1), history[name], marker="o", color=colour, label=label)
+            epochs = range(1, len(history[name]) + 1)
+            axis.plot(epochs, history[name], marker="o", color=colour, label=labels[name])
     axis.set_xlabel("epoch")
     axis.set_ylabel("training loss")
     axis.set_ylim(bottom=0)

@@ -141,7 +141,7 @@ class Planner:
             base = size(model, self.example)
             pruner = self._pruner(copy.deepcopy(model))
             scores = freeze(find_criterion("l2").build(model, pruner, [], config.seed), pruner, "l2")
-            ranked, largest = self._protected(model, scores)
+            ranked, largest = self._protected(model, scores, [])
             pruned = self._prune(model, ranked, largest, False)
             unit, goal = config.target
             if unit != "ratio":
@@ -158,7 +158,7 @@ class Planner:
         title = f"step {number} of {self.config.steps}: " if self.config.steps > 1 else ""
         print(f"{title}scoring channels ({self.config.importance})", file=sys.stderr)
         scores = self.scores(model)
-        ranked, largest = self._protected(model, scores)
+        ranked, largest = self._protected(model, scores, plan.steps)
         found, rounding, ratios = self._search(plan, ranked, number, largest)
         compensation = None
         if self.config.compensate:
@@ -208,7 +208,7 @@ class Planner:
         unit, goal = config.target
         if unit == "ratio":
             share = 1 - (1 - goal) ** (1 / config.steps)
-            if share > config.max_pruning_ratio:
+            if goal > config.max_pruning_ratio:
                 raise UsageError(
                     f"--pruning-ratio {goal:g} is above --max-pruning-ratio {config.max_pruning_ratio:g}"
                 )
@@ -276,15 +276,20 @@ class Planner:
         args = (model, self.example, self.ignored, scores, ratio, self.config.scope, self.how)
         return prune(*args, stagger, compensation, ratios)
 
-    def _protected(self, model: nn.Module, scores: FrozenScores) -> tuple[FrozenScores, float]:
+    def _protected(
+        self, model: nn.Module, scores: FrozenScores, steps: list[StepPlan]
+    ) -> tuple[FrozenScores, float]:
         """Return ``scores`` with the best channels of each group above all others, and the largest ratio then.
 
         In a global ranking TP leaves a group untouched if *all* its channels are among the lowest, so the least
         important groups would keep every channel. Here they keep ``1 - max_pruning_ratio`` of them, the best.
+        ``steps`` are the earlier ones: the limit is of the unpruned network's channels.
         """
         largest = self.config.max_pruning_ratio
         if self.config.scope != "global":
-            return scores, largest
+            left = math.prod(1 - step.ratio for step in steps)
+            return scores, max(1 - (1 - largest) / left, 0.0)
+        full = {group.root: len(group.scores or []) for group in steps[0].groups} if steps else {}
         top = 2 * max(float(s.abs().max()) for s in scores.scores.values() if s is not None) + 1
         protected = dict(scores.scores)
         pruner = self._pruner(copy.deepcopy(model))
@@ -296,11 +301,12 @@ class Planner:
                     pruner._get_channel_groups(group), -1
                 )  # TP ranks means of channel groups
                 width = table.shape[1]
-                kept = max(math.ceil(width * (1 - largest)), min(self.config.round_to, width), 1)
+                before = full.get(group_key(group)[0], len(values)) / len(values) * width
+                kept = min(max(math.ceil(before * (1 - largest)), self.config.round_to, 1), width)
                 table[:, table.mean(0).topk(kept).indices] += top
                 protected[group_key(group)] = table.view(-1)
                 total, safe = total + width, safe + kept
-        return FrozenScores(protected, scores.source), min(largest, 1 - safe / total - 1e-6)
+        return FrozenScores(protected, scores.source), max(min(largest, 1 - safe / total - 1e-6), 0.0)
 
 
 def _tolerance(target: float) -> float:

@@ -189,6 +189,7 @@ class _Run:
             "metric": self.objective.metric,
             "quality": {p: r["quality"] for p, r in phases.items()},
             "seconds": {p: r.get("seconds", 0.0) for p, r in phases.items()},
+            "distilled": config.distill,
             "history": {
                 name: phases[phase]["loss"]
                 for name, phase in (("trained", "unpruned"), ("finetuned", "finetuned"))

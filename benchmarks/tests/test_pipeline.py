@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -142,8 +143,6 @@ def test_steps_ratios_and_rounding(folder, weights, tmp_path):
     assert after["layer1.0.conv1"] == 8  # 32 * 0.4 = 12.8, rounded down to eights
     assert after["layer2.0.conv2"] == before["layer2.0.conv2"]  # shares channels with downsample
     assert all(w % 8 == 0 for n, w in after.items() if n != "fc")
-    import dataclasses
-
     stepwise = dataclasses.replace(config, pruning_ratio=None, layer_ratios=(), macs=0.6, steps=2, round_to=0)
     made = _plan(stepwise)
     assert [round(step.macs / made.base[0], 1) for step in made.steps] == [0.8, 0.6]
@@ -178,6 +177,21 @@ def test_no_group_is_left_whole_because_all_of_it_ranks_lowest(folder, weights, 
     group = next(g for g in made.steps[0].groups if g.root == least[0])
     kept = sorted(set(range(48)) - set(group.removed), key=lambda i: group.scores[i])
     assert group.scores[kept[0]] >= max(group.scores[i] for i in group.removed)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_the_largest_ratio_holds_over_all_steps(scope, folder, weights):
+    config = PruneRunConfig(
+        model="test_resnet", data_dir=folder, img_size=32, checkpoint=weights, macs=0.2, workers=0, steps=2,
+        importance="l2", cost="macs", calibration_images=8, compensate=False, max_pruning_ratio=0.62, scope=scope,
+    )  # fmt: skip
+    made = _plan(config)
+    after = made.record()["widths"]
+    left = {name: after[name] / width for name, width in made.widths_before.items() if name != "fc"}
+    assert min(left.values()) >= 1 - 0.62 - 1 / 32 * (scope == "local")  # TP rounds down
+    assert min(left.values()) < 0.5
+    with pytest.raises(UsageError, match="cannot be reached"):
+        _plan(dataclasses.replace(config, macs=0.1))
 
 
 def test_attention_is_pruned_by_heads(folder):
