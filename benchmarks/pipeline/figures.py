@@ -178,15 +178,19 @@ def _training(history: dict[str, list[float]], distilled: bool):
     if distilled:
         labels["finetuned"] += " (half of it the distance from the unpruned network)"
     figure, axis = plt.subplots(figsize=(6, 3.2))
+    done = 0
     for name, colour in (("trained", "0.5"), ("finetuned", AFTER)):
         if name in history:
-            epochs = range(1, len(history[name]) + 1)
+            epochs = range(done + 1, done + len(history[name]) + 1)
             axis.plot(epochs, history[name], marker="o", color=colour, label=labels[name])
+            done += len(history[name])
+    if len(history) > 1:
+        axis.axvline(len(history["trained"]) + 0.5, color="0.6", linestyle=":", label="pruning")
     axis.set_xlabel("epoch")
     axis.set_ylabel("training loss")
-    axis.set_ylim(bottom=0)
+    axis.margins(y=0.12)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False)
+    axis.legend(framealpha=0.9, edgecolor="none", fontsize=9)
     _plain(axis)
     figure.tight_layout()
     return figure

@@ -75,9 +75,9 @@ def _onnx(result: dict) -> list[str]:
 
 
 def _advice(result: dict) -> str:
-    """What to change if fine-tuning did harm: a compensated network is near an optimum that large steps leave."""
+    """What to change if fine-tuning took more than a point: large steps leave the optimum of the compensation."""
     *_, before, after = result["quality"].values()
-    if "finetuned" not in result["quality"] or after >= before:
+    if "finetuned" not in result["quality"] or after >= before - 0.01:
         return ""
     return " Fine-tuning lowered the quality: choose a lower --lr, or more epochs and images."
 
