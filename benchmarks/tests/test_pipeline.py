@@ -132,6 +132,19 @@ def test_dry_run_lists_the_groups_and_writes_nothing(folder, weights, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_seconds_of_pruning_hold_the_search(folder, weights, tmp_path, monkeypatch):
+    real = plans.Planner.plan
+
+    def slow(planner, model):
+        time.sleep(2)
+        return real(planner, model)
+
+    monkeypatch.setattr(plans.Planner, "plan", slow)
+    more = ["--checkpoint", str(weights), "--pruning-ratio", "0.3", "--importance", "l2", "--no-compensate"]
+    assert main(flags(folder, tmp_path / "out", *more)) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["seconds"]["pruned"] >= 2
+
+
 def test_steps_ratios_and_rounding(folder, weights, tmp_path):
     config = PruneRunConfig(
         model="test_resnet", data_dir=folder, img_size=32, checkpoint=weights, pruning_ratio=0.4, round_to=8,
