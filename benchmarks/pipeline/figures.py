@@ -9,10 +9,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import transforms
 from matplotlib.ticker import PercentFormatter
 
 BEFORE, AFTER, REMOVED = "#C9CED6", "#0072B2", "#D55E00"
 PHASES = {"unpruned": "unpruned", "pruned": "pruned", "bn": "BN re-estimated", "finetuned": "fine-tuned"}
+TITLE_PAD = 24
+"""Points between a title and its axes: room for one line of legend."""
 MOST_ROWS = 80
 """Rows of a figure; of more, evenly spread ones are shown."""
 
@@ -53,6 +56,13 @@ def _plain(axis, grid: str = "y") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, alpha=0.25)
     axis.set_axisbelow(True)
+
+
+def _legend_below_title(axis) -> None:
+    """Put the legend into a line of its own: titles with long names take the whole width."""
+    place = transforms.ScaledTranslation(0, 4 / 72, axis.figure.dpi_scale_trans)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=axis.transAxes + place, ncols=2,
+                frameon=False, fontsize=9, borderpad=0, borderaxespad=0, handletextpad=0.5)  # fmt: skip
 
 
 def _summary(result: dict):
@@ -128,8 +138,8 @@ def _widths(result: dict):
     axis.set_ylim(len(shown) - 0.4, -0.6)
     axis.set_xlim(0, old.max() * 1.1)
     axis.set_xlabel("output channels")
-    axis.set_title(f"Widths: {result['title']}", loc="left", fontsize=11)
-    axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=2, frameon=False, fontsize=9)
+    axis.set_title(f"Widths: {result['title']}", loc="left", fontsize=11, pad=TITLE_PAD)
+    _legend_below_title(axis)
     _plain(axis, "x")
     figure.tight_layout()
     return figure
@@ -165,8 +175,8 @@ def _scores(result: dict):
     edge = "; dead channels at the left edge" if floor is not None and everything.min() < floor else ""
     axis.set_xlabel(f"score of a channel ({result['importance']}){edge}")
     title = "Scores" if len(result["plan"]["steps"]) == 1 else "Scores of the last step"
-    axis.set_title(f"{title}: {result['title']}", loc="left", fontsize=11)
-    axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=2, frameon=False, fontsize=9)
+    axis.set_title(f"{title}: {result['title']}", loc="left", fontsize=11, pad=TITLE_PAD)
+    _legend_below_title(axis)
     _plain(axis, "x")
     figure.tight_layout()
     return figure

@@ -52,7 +52,9 @@ def draw_masks(
         for axis, mask in zip(row[1:], (truth, *found), strict=True):
             axis.imshow(_coloured(mask, colours, objective.ignored))
         for axis, mask in zip(row[2:], found, strict=True):
-            axis.set_xlabel(f"mIoU {100 * mean_iou(objective.confusion(truth, mask)):.0f} %", fontsize=8)
+            text = f"mIoU {100 * mean_iou(objective.confusion(truth, mask)):.0f} %"
+            axis.annotate(text, (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=8, color="white",
+                          bbox={"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 2})  # fmt: skip
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
     for axis in axes.flat:
