@@ -79,7 +79,7 @@ def _advice(result: dict) -> str:
     *_, before, after = result["quality"].values()
     if "finetuned" not in result["quality"] or after >= before - 0.01:
         return ""
-    return " Fine-tuning lowered the quality: choose a lower --lr, or more epochs and images."
+    return " Fine-tuning lowered the quality: choose a lower --lr, --norm-statistics frozen, or more epochs."
 
 
 def _steps(result: dict) -> str:

@@ -169,7 +169,7 @@ class _Run:
         if config.finetune_epochs == 0:
             return model
         if self.store.result("finetuned") is None:
-            recipe = config.recipe(config.finetune_epochs, config.lr)
+            recipe = config.recipe(config.finetune_epochs, config.lr, config.norm_statistics == "frozen")
             teacher = unpruned if config.distill else None
             training = self._trainer().train(model, recipe, "finetuned", self.network.frozen, teacher)
             self._keep("finetuned", model)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from pipeline_helpers import COLOURS, flags, make_folder, make_masks
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.__main__ import main
@@ -38,8 +39,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights(folder, tmp_path_factory):
     """A checkpoint of test_resnet with three classes."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     config = PruneRunConfig(model="test_resnet", data_dir=folder, img_size=32, seed=5)
     model = build_network(config, list(COLOURS)).model
@@ -406,6 +405,21 @@ def test_recipe_groups_and_schedules():
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1])
     cosine = make_scheduler(make_optimizer(model, Recipe(2, 1.0)), Recipe(2, 1.0), 5).lr_lambdas[0]
     assert [cosine(0), cosine(5), cosine(10)] == pytest.approx([1, 0.5, 0])
+
+
+@pytest.mark.parametrize("how", ["batch", "frozen"])
+def test_statistics_stay_while_fine_tuning_if_asked(how, folder, weights, tmp_path):
+    out = tmp_path / "out"
+    more = ["--checkpoint", str(weights), "--pruning-ratio", "0.3", "--importance", "l2", "--no-compensate"]
+    more += ["--bn-reestimate", "never", "--finetune-epochs", "1", "--norm-statistics", how]
+    assert main(flags(folder, out, *more)) == 0
+    before, after = load_file(weights), load_pruned(out).state_dict()
+
+    def left(name):
+        return set(after[name].tolist()) <= set(before[name].tolist())
+
+    assert left("bn1.running_mean") is (how == "frozen")
+    assert not left("bn1.weight")  # it was trained
 
 
 def test_divergence_is_zero_for_equal_predictions_only():
