@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from benchmarks.tasks.base import Batch
+if TYPE_CHECKING:  # the tasks import this module
+    from benchmarks.tasks.base import Batch
 
 
 def accuracy(model: nn.Module, batches: Iterable[Batch], device: str | torch.device) -> float:

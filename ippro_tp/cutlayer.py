@@ -76,7 +76,7 @@ class CutLayer:
         """Why the weight cannot be changed; empty if it can."""
         if parametrize.is_parametrized(self.module) or hasattr(self.module, "weight_g"):
             return "its weight is parametrized"
-        if type(self.module).forward not in PLAIN_FORWARDS:
+        if type(self.module).forward not in PLAIN_FORWARDS and not _is_linear_after_all(self.module):
             return "its class has a forward of its own, which may change the weight (standardisation, say)"
         return ""
 
@@ -111,6 +111,21 @@ class CutLayer:
             self.module.bias.add_(constant.flatten())
         elif self._norm is not None and self._norm.running_mean is not None:
             self._norm.running_mean.sub_(constant.flatten())
+
+
+def _is_linear_after_all(module: nn.Module) -> bool:
+    """Whether a subclass of ``nn.Linear`` computes what that does, as timm's, which casts in TorchScript only."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    probe = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    with torch.no_grad():
+        try:
+            found = module.forward(probe)
+        except (TypeError, ValueError, RuntimeError):  # it wants something else: not a plain layer
+            return False
+        wanted = nn.functional.linear(probe, weight, module.bias)
+        return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted)
 
 
 def norm_after(graph: Any, module: nn.Module) -> _BatchNorm | None:

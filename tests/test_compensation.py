@@ -586,3 +586,38 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone_and_reported():
     assert "forward of its own" in row.skipped
     assert model[2].weight.shape[1] == 4
     assert all(any(torch.equal(kept, old) for old in before.unbind(1)) for kept in model[2].weight.unbind(1))
+
+
+class _Casting(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class _Picky(nn.Linear):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize(("layer", "fit"), [(_Casting, True), (_Scaled, False), (_Picky, False)])
+def test_a_linear_layer_is_known_by_what_it_computes(layer, fit):
+    torch.manual_seed(0)
+    assert (CutLayer("fc", layer(6, 3), None).unfit == "") is fit
+
+
+def test_the_classifier_of_a_timm_network_is_refitted():
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=5).eval()
+    assert type(model.classifier).forward is not nn.Linear.forward
+    x = torch.randn(24, 3, 32, 32)
+    pruner = removing(model, x[:1], {"conv_head": list(range(0, 1024, 2))}, ignored_layers=[model.classifier])
+    comp = Compensation().calibrate(pruner, [x], progress=False)
+    row = next(row for row in comp.step(pruner).rows if row.name == "classifier")
+    assert not row.skipped
+    assert row.left < row.lost

@@ -23,18 +23,21 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}; give an existing file with --checkpoint")
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        try:
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UsageError(
-                f"{path} is no state dict of plain tensors ({error}); save model.state_dict()"
-            ) from error
+    except Exception as error:  # damaged files, and pickles of anything but tensors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise UsageError(f"{path} cannot be read as a state dict ({reason}); save model.state_dict()") from error
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} holds a {type(state).__name__}, no state dict; save model.state_dict()")
     for wrapper in ("state_dict", "model"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UsageError(f"{path} holds more than tensors; save model.state_dict()")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 

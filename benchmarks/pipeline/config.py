@@ -55,7 +55,7 @@ class PruneRunConfig:
     round_to: int = 0
     """Widths are multiples of this; 0 for any."""
     max_pruning_ratio: float = 0.9
-    """Largest ratio per layer."""
+    """Largest ratio per layer, over all steps."""
     importance: str = "pro-mean"
     """Any criterion of ``compare``: pro, l1, l2, taylor, ...; pro-mean is PRO for compensated networks."""
     cost: Literal["auto", "none", "macs", "params"] = "auto"
@@ -84,6 +84,8 @@ class PruneRunConfig:
     """Weight decay of normalisation layers, if another."""
     norm_momentum: float | None = None
     """Momentum of normalisation layers, if another (sgd only)."""
+    norm_statistics: Literal["batch", "frozen"] = "batch"
+    """frozen: BatchNorm keeps, in fine-tuning, the statistics that the compensation has counted on."""
     schedule: Literal["cosine", "step"] = "cosine"
     """cosine: to zero over the run; step: divided by ten every --lr-step epochs."""
     lr_step: int = 40
@@ -140,7 +142,7 @@ class PruneRunConfig:
         except (RuntimeError, AssertionError) as error:
             raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
-    def recipe(self, epochs: int, lr: float) -> Recipe:
+    def recipe(self, epochs: int, lr: float, frozen_statistics: bool = False) -> Recipe:
         """How to train for ``epochs``."""
         return Recipe(
             epochs=epochs,
@@ -149,6 +151,7 @@ class PruneRunConfig:
             weight_decay=self.weight_decay,
             norm_weight_decay=self.norm_weight_decay,
             norm_momentum=self.norm_momentum,
+            frozen_statistics=frozen_statistics,
             schedule=self.schedule,
             step_epochs=self.lr_step,
             amp=self.amp,

@@ -66,7 +66,8 @@ def read_listing(config: PruneRunConfig) -> Listing:
     if config.check_images:
         _check_all([*found["train"], *found["val"]], max(config.workers, 1))
     if classes is None:
-        classes = [f"class {i}" for i in range(_mask_classes(found["train"], config.ignore_index))]
+        count = _mask_classes([*found["train"], *found["val"]], config.ignore_index)
+        classes = [f"class {i}" for i in range(count)]
     return Listing(found["train"], found["val"], classes)
 
 

@@ -9,10 +9,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import transforms
 from matplotlib.ticker import PercentFormatter
 
 BEFORE, AFTER, REMOVED = "#C9CED6", "#0072B2", "#D55E00"
 PHASES = {"unpruned": "unpruned", "pruned": "pruned", "bn": "BN re-estimated", "finetuned": "fine-tuned"}
+TITLE_PAD = 24
+"""Points between a title and its axes: room for one line of legend."""
 MOST_ROWS = 80
 """Rows of a figure; of more, evenly spread ones are shown."""
 
@@ -34,7 +37,7 @@ def draw_all(folder: Path, result: dict) -> list[Path]:
         partial.replace(path)
     if result.get("history"):
         path = folder / "training.png"
-        figure = _training(result["history"])
+        figure = _training(result["history"], result.get("distilled", False))
         partial = path.with_suffix(".tmp")
         figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
         plt.close(figure)
@@ -43,16 +46,29 @@ def draw_all(folder: Path, result: dict) -> list[Path]:
     return paths
 
 
+def phase_names(result: dict) -> dict[str, str]:
+    """Return what the phases of a run are called, in their order."""
+    names = {phase: name for phase, name in PHASES.items() if phase in result["quality"]}
+    return names | ({"pruned": "pruned, compensated"} if result["compensation"] else {})
+
+
 def _plain(axis, grid: str = "y") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, alpha=0.25)
     axis.set_axisbelow(True)
 
 
+def _legend_below_title(axis) -> None:
+    """Put the legend into a line of its own: titles with long names take the whole width."""
+    place = transforms.ScaledTranslation(0, 4 / 72, axis.figure.dpi_scale_trans)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=axis.transAxes + place, ncols=2,
+                frameon=False, fontsize=9, borderpad=0, borderaxespad=0, handletextpad=0.5)  # fmt: skip
+
+
 def _summary(result: dict):
     """Quality after each phase, and what is left of MACs, parameters and latency."""
-    phases = [p for p in PHASES if p in result["quality"]]
-    values = [100 * result["quality"][p] for p in phases]
+    names = phase_names(result)
+    values = [100 * result["quality"][p] for p in names]
     plan = result["plan"]
     sizes = {"MACs": plan["macs_fraction"], "parameters": plan["params_fraction"]}
     times = [result["latency"][k]["median_seconds"] for k in ("unpruned", "pruned")]
@@ -62,11 +78,15 @@ def _summary(result: dict):
         f"{plan['params_before'] / 1e6:,.2f} → {plan['params'] / 1e6:,.2f} M",
         f"{1e3 * times[0]:,.1f} → {1e3 * times[1]:,.1f} ms",
     ]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(max(len(phases), 3), 3))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(max(len(names), 3), 3))
     colours = [BEFORE, REMOVED, "#E69F00", AFTER]
-    shown = [colours[list(PHASES).index(p)] for p in phases]
-    bars = left.bar([PHASES[p] for p in phases], values, color=shown, width=0.62)
-    left.bar_label(bars, fmt="%.1f", padding=2)
+    shown = [colours[list(PHASES).index(p)] for p in names]
+    bars = left.bar([n.replace(", ", ",\n") for n in names.values()], values, color=shown, width=0.62)
+    labels = [
+        f"{v:.1f}" + (f"  ({v - values[0]:+.1f})" if p != "unpruned" else "")
+        for p, v in zip(names, values, strict=True)
+    ]
+    left.bar_label(bars, labels, padding=2)
     left.set_ylabel(f"{result['metric']} (%)")
     left.set_ylim(0, max(*values, 1) * 1.15)
     left.set_yticks([t for t in left.get_yticks() if t <= 100])
@@ -118,8 +138,8 @@ def _widths(result: dict):
     axis.set_ylim(len(shown) - 0.4, -0.6)
     axis.set_xlim(0, old.max() * 1.1)
     axis.set_xlabel("output channels")
-    axis.set_title(f"Widths: {result['title']}", loc="left", fontsize=11)
-    axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=2, frameon=False, fontsize=9)
+    axis.set_title(f"Widths: {result['title']}", loc="left", fontsize=11, pad=TITLE_PAD)
+    _legend_below_title(axis)
     _plain(axis, "x")
     figure.tight_layout()
     return figure
@@ -155,25 +175,32 @@ def _scores(result: dict):
     edge = "; dead channels at the left edge" if floor is not None and everything.min() < floor else ""
     axis.set_xlabel(f"score of a channel ({result['importance']}){edge}")
     title = "Scores" if len(result["plan"]["steps"]) == 1 else "Scores of the last step"
-    axis.set_title(f"{title}: {result['title']}", loc="left", fontsize=11)
-    axis.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=2, frameon=False, fontsize=9)
+    axis.set_title(f"{title}: {result['title']}", loc="left", fontsize=11, pad=TITLE_PAD)
+    _legend_below_title(axis)
     _plain(axis, "x")
     figure.tight_layout()
     return figure
 
 
-def _training(history: dict[str, list[float]]):
+def _training(history: dict[str, list[float]], distilled: bool):
     """Mean training loss per epoch."""
+    labels = {"trained": "unpruned network", "finetuned": "fine-tuning"}
+    if distilled:
+        labels["finetuned"] += " (half of it the distance from the unpruned network)"
     figure, axis = plt.subplots(figsize=(6, 3.2))
+    done = 0
     for name, colour in (("trained", "0.5"), ("finetuned", AFTER)):
         if name in history:
-            label = {"trained": "unpruned network", "finetuned": "fine-tuning"}[name]
-            axis.plot(range(1, len(history[name]) + 1), history[name], marker="o", color=colour, label=label)
+            epochs = range(done + 1, done + len(history[name]) + 1)
+            axis.plot(epochs, history[name], marker="o", color=colour, label=labels[name])
+            done += len(history[name])
+    if len(history) > 1:
+        axis.axvline(len(history["trained"]) + 0.5, color="0.6", linestyle=":", label="pruning")
     axis.set_xlabel("epoch")
     axis.set_ylabel("training loss")
-    axis.set_ylim(bottom=0)
+    axis.margins(y=0.12)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False)
+    axis.legend(framealpha=0.9, edgecolor="none", fontsize=9)
     _plain(axis)
     figure.tight_layout()
     return figure

@@ -78,6 +78,7 @@ def build_network(config: PruneRunConfig, classes: list[str]) -> Network:
     data = _data_config(config, model)
     example = torch.zeros(1, *data["input_size"])
     outputs, ignored = _classifiers(model, example)
+    check_classes(config, classes, outputs)
     frozen = getattr(model, "frozen_parameters", None)
     fixed = tuple(n for n, _ in model.named_parameters() if frozen.search(n)) if frozen is not None else ()
     builder = (lambda: _build(source)) if config.library == "cifar" else None
@@ -89,6 +90,17 @@ def load(folder: Path) -> nn.Module:
     path = Path(folder) / "shapes.json"
     source = json.loads(path.read_text())["source"] if path.is_file() else {}
     return load_pruned(folder, (lambda: _build(source)) if source.get("library") == "cifar" else None)
+
+
+def check_classes(config: PruneRunConfig, classes: list[str], outputs: int) -> None:
+    """Raise UsageError unless each class is an output of the network."""
+    if config.task == "classification":
+        output_indices(classes, outputs)
+    elif len(classes) > outputs:
+        raise UsageError(
+            f"the masks hold numbers up to {len(classes) - 1}, the network has {outputs} outputs: give masks and "
+            "weights of the same classes (--ignore-index for the number of no class)"
+        )
 
 
 def _kwargs(config: PruneRunConfig, num_classes: int | None) -> dict:
@@ -166,16 +178,28 @@ def _pretrained(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.
         ) from error
     data = _data_config(config, model)
     outputs, ignored = _classifiers(model.eval(), torch.zeros(1, *data["input_size"]))
+    if config.train_epochs == 0:
+        try:
+            check_classes(config, classes, outputs)
+        except UsageError as error:
+            raise UsageError(f"{error}; or train a new classifier with --train-epochs") from error
+        return model
+    if outputs == len(classes) or (config.task == "classification" and _named_after(classes, outputs)):
+        return model
+    source["kwargs"]["num_classes"] = len(classes)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(f"{n}." for n in ignored))}
+    model = _build(source)
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _named_after(classes: list[str], outputs: int) -> bool:
+    """Whether the class folders are named after outputs of the network."""
     try:
         output_indices(classes, outputs)
     except UsageError:
-        if config.train_epochs == 0:
-            raise
-        source["kwargs"]["num_classes"] = len(classes)
-        state = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(f"{n}." for n in ignored))}
-        model = _build(source)
-        model.load_state_dict(state, strict=False)
-    return model
+        return False
+    return True
 
 
 def _data_config(config: PruneRunConfig, model: nn.Module) -> dict:

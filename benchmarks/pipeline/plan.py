@@ -6,6 +6,7 @@ import copy
 import math
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from ippro_tp import Compensation
 from ippro_tp.groups import read_group
 
 TOLERANCE = 0.01
-"""A target is met within this fraction of the unpruned network."""
+"""A target is met within this fraction of the unpruned network, and within a tenth of itself."""
 TRACE_SECONDS = 600.0
 """CPU time after which tracing is given up."""
 
@@ -126,7 +127,7 @@ class Planner:
         return plan
 
     def probe(self, model: nn.Module) -> None:
-        """Prune a copy of ``model`` as far as it goes, in each layer alike, without scores worth the name.
+        """Prune a copy of ``model`` as far as it goes, without scores worth the name.
 
         Raises:
             UsageError: Torch-Pruning cannot prune the network, or not as far as the target.
@@ -138,28 +139,32 @@ class Planner:
                 list(self._groups(model))
             self._ratios(model)
             base = size(model, self.example)
-            magnitude = find_criterion("l2").build(model, None, [], config.seed)
-            args = (model, self.example, self.ignored, magnitude)
-            pruned = prune(*args, config.max_pruning_ratio, "local", PruneConfig(config.max_pruning_ratio))
+            pruner = self._pruner(copy.deepcopy(model))
+            scores = freeze(find_criterion("l2").build(model, pruner, [], config.seed), pruner, "l2")
+            ranked, largest = self._protected(model, scores, [])
+            pruned = self._prune(model, ranked, largest, False)
             unit, goal = config.target
             if unit != "ratio":
                 least = pruned.macs / base[0] if unit == "macs" else pruned.params / base[1]
-                if least > goal + TOLERANCE:
+                if least > goal + _tolerance(goal):
                     raise UsageError(
                         f"{unit} {goal:g} of the unpruned network cannot be reached: with "
                         f"{config.max_pruning_ratio:g} of every layer gone {least:.3f} are left; change the "
-                        "target or --max-pruning-ratio"
+                        "target, --max-pruning-ratio or --round-to"
                     )
 
     def _step(self, plan: Plan, number: int) -> None:
         model = plan.model
+        title = f"step {number} of {self.config.steps}: " if self.config.steps > 1 else ""
+        print(f"{title}scoring channels ({self.config.importance})", file=sys.stderr)
         scores = self.scores(model)
-        ranked, largest = self._protected(model, scores)
+        ranked, largest = self._protected(model, scores, plan.steps)
         found, rounding, ratios = self._search(plan, ranked, number, largest)
         compensation = None
         if self.config.compensate:
             pruner = self._pruner(copy.deepcopy(model))
-            compensation = Compensation().calibrate(pruner, self.batches, progress=False)
+            print(f"{title}refitting layers (compensation)", file=sys.stderr)
+            compensation = Compensation().calibrate(pruner, self.batches)
         layers = {key: read_group(g).producers for g, key in self._groups(model)}
         pruned = self._prune(model, ranked, found.ratio, rounding == "staggered", ratios, compensation)
         order = {name: number for number, name in enumerate(widths(model))}
@@ -203,7 +208,7 @@ class Planner:
         unit, goal = config.target
         if unit == "ratio":
             share = 1 - (1 - goal) ** (1 / config.steps)
-            if share > config.max_pruning_ratio:
+            if goal > config.max_pruning_ratio:
                 raise UsageError(
                     f"--pruning-ratio {goal:g} is above --max-pruning-ratio {config.max_pruning_ratio:g}"
                 )
@@ -211,6 +216,7 @@ class Planner:
         column = 0 if unit == "macs" else 1
         before = size(model, self.example)[column] / plan.base[column]
         wanted = 1 - (1 - goal) * number / config.steps
+        tolerance = _tolerance(wanted)
 
         def at(ratio: float, stagger: bool) -> float:
             pruned = self._prune(model, scores, ratio, stagger)
@@ -226,7 +232,7 @@ class Planner:
                 lambda ratio, stagger=rounding == "staggered": at(ratio, stagger),
                 wanted / before,
                 {},
-                TOLERANCE / before,
+                tolerance / before,
                 largest,
             )
             if found.hit:
@@ -238,8 +244,8 @@ class Planner:
         nearest = best[0].macs * before
         what = "more" if nearest > wanted else "less"
         raise UsageError(
-            f"{unit} {wanted:.3g} of the unpruned network cannot be reached within {TOLERANCE:.0%}: the nearest "
-            f"is {nearest:.3f}, {what} than that, at ratio {best[0].ratio:.3f}; change the target, "
+            f"{unit} {wanted:.3g} of the unpruned network cannot be reached within {100 * tolerance:.2g}%: the "
+            f"nearest is {nearest:.3f}, {what} than that, at ratio {best[0].ratio:.3f}; change the target, "
             "--max-pruning-ratio or --round-to"
         )
 
@@ -270,15 +276,20 @@ class Planner:
         args = (model, self.example, self.ignored, scores, ratio, self.config.scope, self.how)
         return prune(*args, stagger, compensation, ratios)
 
-    def _protected(self, model: nn.Module, scores: FrozenScores) -> tuple[FrozenScores, float]:
+    def _protected(
+        self, model: nn.Module, scores: FrozenScores, steps: list[StepPlan]
+    ) -> tuple[FrozenScores, float]:
         """Return ``scores`` with the best channels of each group above all others, and the largest ratio then.
 
         In a global ranking TP leaves a group untouched if *all* its channels are among the lowest, so the least
         important groups would keep every channel. Here they keep ``1 - max_pruning_ratio`` of them, the best.
+        ``steps`` are the earlier ones: the limit is of the unpruned network's channels.
         """
         largest = self.config.max_pruning_ratio
         if self.config.scope != "global":
-            return scores, largest
+            left = math.prod(1 - step.ratio for step in steps)
+            return scores, max(1 - (1 - largest) / left, 0.0)
+        full = {group.root: len(group.scores or []) for group in steps[0].groups} if steps else {}
         top = 2 * max(float(s.abs().max()) for s in scores.scores.values() if s is not None) + 1
         protected = dict(scores.scores)
         pruner = self._pruner(copy.deepcopy(model))
@@ -290,11 +301,16 @@ class Planner:
                     pruner._get_channel_groups(group), -1
                 )  # TP ranks means of channel groups
                 width = table.shape[1]
-                kept = max(math.ceil(width * (1 - largest)), min(self.config.round_to, width), 1)
+                before = full.get(group_key(group)[0], len(values)) / len(values) * width
+                kept = min(max(math.ceil(before * (1 - largest)), self.config.round_to, 1), width)
                 table[:, table.mean(0).topk(kept).indices] += top
                 protected[group_key(group)] = table.view(-1)
                 total, safe = total + width, safe + kept
-        return FrozenScores(protected, scores.source), min(largest, 1 - safe / total - 1e-6)
+        return FrozenScores(protected, scores.source), max(min(largest, 1 - safe / total - 1e-6), 0.0)
+
+
+def _tolerance(target: float) -> float:
+    return min(TOLERANCE, target / 10)
 
 
 @contextmanager

@@ -23,10 +23,19 @@ class Recipe:
     weight_decay: float = 1e-4
     norm_weight_decay: float | None = None
     norm_momentum: float | None = None
+    frozen_statistics: bool = False
     schedule: str = "cosine"
     step_epochs: int = 40
     amp: bool = False
     seed: int = 0
+
+
+def training_mode(model: nn.Module, recipe: Recipe) -> None:
+    """Put ``model`` into train mode; with frozen statistics, BatchNorm normalises as in eval mode."""
+    model.train()
+    for module in model.modules() if recipe.frozen_statistics else ():
+        if isinstance(module, _NormBase):
+            module.eval()
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, frozen: tuple[str, ...] = ()) -> torch.optim.Optimizer:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks.pipeline.figures import PHASES
+from benchmarks.pipeline.figures import phase_names
 
 
 def markdown(result: dict, figures: list[Path]) -> str:
     """Return the report of ``results.json`` with links to ``figures`` (in the folder ``figures/``)."""
     plan, times = result["plan"], result["latency"]
-    phases = [p for p in PHASES if p in result["quality"]]
+    names = phase_names(result)
     base = result["quality"]["unpruned"]
     quality = [
-        [PHASES[p], f"{100 * result['quality'][p]:.2f}", f"{100 * (result['quality'][p] - base):+.2f}"]
-        for p in phases
+        [name, f"{100 * result['quality'][p]:.2f}", f"{100 * (result['quality'][p] - base):+.2f}"]
+        for p, name in names.items()
     ]
     before, after = times["unpruned"]["median_seconds"], times["pruned"]["median_seconds"]
     sizes = [
@@ -31,11 +31,12 @@ def markdown(result: dict, figures: list[Path]) -> str:
         f"# {result['title']}\n",
         tabulate(quality, ["phase", f"{result['metric']} (%)", "difference"], tablefmt="github",
                  disable_numparse=True, colalign=("left", "right", "right")) + "\n",
-        f"{result['images']['val']} validation images, {result['images']['classes']} classes.\n",
+        f"{result['images']['val']} validation images, {result['images']['classes']} classes.{_advice(result)}\n",
         tabulate(sizes, ["", "unpruned", "pruned", "left"], tablefmt="github", disable_numparse=True,
                  colalign=("left", "right", "right", "right")) + "\n",
         f"MACs and parameters as Torch-Pruning counts them, of one input {'x'.join(map(str, how['shape']))}. "
-        f"Latency: median of {how['runs']} forward passes on {how['device']}, {how['threads']} threads "
+        f"Latency: median of {how['runs']} forward passes on {how['device']}, "
+        f"{how['threads']} thread{'s' if how['threads'] > 1 else ''} "
         "(torch.utils.benchmark). Fewer MACs are not always less time.\n",
         "![Quality and size](figures/summary.png)\n",
         "## How it was pruned\n",
@@ -54,12 +55,31 @@ def markdown(result: dict, figures: list[Path]) -> str:
     parts += [
         "## Use it\n",
         f"```python\n{result['snippet']}\n```\n",
+        *_onnx(result),
         "## Made by\n",
         f"```\n{result['command']}\n```\n",
     ]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items())
     parts.append(f"Seconds: {seconds}. Versions: {_versions(result['environment'])}.\n")
     return "\n".join(parts)
+
+
+def _onnx(result: dict) -> list[str]:
+    if "onnx_difference" not in result:
+        return []
+    difference = result["onnx_difference"]
+    return [
+        "`model.onnx` takes any number of images; onnxruntime's logits differ from PyTorch's by at most "
+        f"{difference:.0e} of the largest.\n"
+    ]
+
+
+def _advice(result: dict) -> str:
+    """What to change if fine-tuning took more than a point: large steps leave the optimum of the compensation."""
+    *_, before, after = result["quality"].values()
+    if "finetuned" not in result["quality"] or after >= before - 0.01:
+        return ""
+    return " Fine-tuning lowered the quality: choose a lower --lr, --norm-statistics frozen, or more epochs."
 
 
 def _steps(result: dict) -> str:

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.cells import as_dict, environment, write_json
+from benchmarks.errors import UsageError
 from benchmarks.evaluate import reestimate_batchnorm
 from benchmarks.models.checkpoints import fingerprint
 from benchmarks.pipeline import dry, export
 from benchmarks.pipeline.config import PruneRunConfig, check, identity
 from benchmarks.pipeline.data import Images, build_images, mask_size, read_listing
 from benchmarks.pipeline.figures import draw_all
-from benchmarks.pipeline.latency import latency
+from benchmarks.pipeline.latency import latencies
 from benchmarks.pipeline.masks import draw_masks
 from benchmarks.pipeline.networks import Network, build_network
 from benchmarks.pipeline.objectives import Classification, Segmentation
@@ -30,6 +31,8 @@ from benchmarks.pipeline.store import Store, check_folder
 from benchmarks.pipeline.training import Trainer
 from ippro_tp import load_pruned, save_pruned
 
+TRAINED = "unpruned.safetensors"
+"""The network that --train-epochs trained, in the folder of what a killed run needs; it stays."""
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -70,6 +73,7 @@ class _Run:
     device: torch.device
     store: Store | None = None
     plan: Plan | None = None
+    planned: float = 0.0
     objective: Classification | Segmentation = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +92,9 @@ class _Run:
         """
         if self.config.dry_run or self.config.train_epochs == 0:
             if not (self.config.out / "progress" / "pruned.json").exists() or self.config.dry_run:
+                begin = time.perf_counter()
                 self.plan = self.planner.plan(self.network.model)
+                self.planned = time.perf_counter() - begin
         elif not (self.config.out / "progress" / "unpruned.json").exists():
             self.planner.probe(self.network.model)
 
@@ -107,7 +113,7 @@ class _Run:
     def unpruned(self) -> nn.Module:
         """Return the unpruned network on the device, trained if so configured, with its quality recorded."""
         config, model, store = self.config, self.network.model, self.store
-        path = store.progress / "unpruned.safetensors"
+        path = store.progress / TRAINED
         if store.result("unpruned") is None:
             training = None
             if config.train_epochs:
@@ -127,11 +133,22 @@ class _Run:
         """Return the pruned network."""
         if self.store.result("pruned") is None:
             begin = time.perf_counter()
-            plan = self.plan if self.plan is not None else self.planner.plan(unpruned)
+            plan = self.plan if self.plan is not None else self._planned(unpruned)
             self._keep("pruned", plan.model)
             write_json(self.store.progress / "plan.json", plan.record() | {"compensation": plan.compensation})
-            self._record("pruned", plan.model, {"seconds": round(time.perf_counter() - begin, 2)})
+            seconds = self.planned + time.perf_counter() - begin
+            self._record("pruned", plan.model, {"seconds": round(seconds, 2)})
         return self._kept("pruned")
+
+    def _planned(self, unpruned: nn.Module) -> Plan:
+        """Plan; if the flags turn out to be impossible, say where the network is that was trained for them."""
+        try:
+            return self.planner.plan(unpruned)
+        except UsageError as error:
+            trained = self.store.progress / TRAINED
+            raise UsageError(
+                f"{error}; the trained network is {trained}, for --checkpoint and another --out"
+            ) from error
 
     def reestimated(self, model: nn.Module) -> nn.Module:
         """Return the network with BatchNorm statistics of the calibration images, if it has BatchNorm."""
@@ -152,7 +169,7 @@ class _Run:
         if config.finetune_epochs == 0:
             return model
         if self.store.result("finetuned") is None:
-            recipe = config.recipe(config.finetune_epochs, config.lr)
+            recipe = config.recipe(config.finetune_epochs, config.lr, config.norm_statistics == "frozen")
             teacher = unpruned if config.distill else None
             training = self._trainer().train(model, recipe, "finetuned", self.network.frozen, teacher)
             self._keep("finetuned", model)
@@ -176,12 +193,13 @@ class _Run:
             "metric": self.objective.metric,
             "quality": {p: r["quality"] for p, r in phases.items()},
             "seconds": {p: r.get("seconds", 0.0) for p, r in phases.items()},
+            "distilled": config.distill,
             "history": {
                 name: phases[phase]["loss"]
                 for name, phase in (("trained", "unpruned"), ("finetuned", "finetuned"))
                 if "loss" in phases.get(phase, {})
             },
-            "latency": {"unpruned": latency(unpruned, example), "pruned": latency(model, example)},
+            "latency": latencies({"unpruned": unpruned, "pruned": model}, example),
             "images": {
                 "train": len(self.images.train),
                 "val": len(self.images.val),
@@ -193,9 +211,9 @@ class _Run:
             "environment": environment(),
         }
         if config.task == "segmentation":
-            draw_masks(
-                folder / "figures" / "masks.png", self.images.val, unpruned, model, self.device, self.objective
-            )
+            networks = {"unpruned": unpruned, "pruned, fine-tuned" if "finetuned" in phases else "pruned": model}
+            path = folder / "figures" / "masks.png"
+            draw_masks(path, self.images.val, networks, self.device, self.objective, self.network.data)
         figures = draw_all(folder / "figures", result)
         if config.task == "segmentation":
             figures.append(folder / "figures" / "masks.png")

@@ -24,15 +24,19 @@ class Store:
         command: All flags, for the record.
 
     Raises:
-        UsageError: The folder belongs to another configuration, or to something else.
+        UsageError: The folder belongs to another configuration, or to something else, or cannot be written.
     """
 
     def __init__(self, folder: Path, identity: dict, command: dict) -> None:
         self.folder, self.identity = folder, json.loads(json.dumps(identity))
         check_folder(folder, self.identity)
-        if not (folder / CONFIG).exists():
-            write_json(folder / CONFIG, {"identity": identity, "command": command, "environment": environment()})
-        self.progress.mkdir(exist_ok=True)
+        try:
+            if not (folder / CONFIG).exists():
+                record = {"identity": identity, "command": command, "environment": environment()}
+                write_json(folder / CONFIG, record)
+            self.progress.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {folder} cannot be written ({error.strerror}); choose another") from error
         for stale in [*folder.glob("*.tmp"), *folder.glob(".*.tmp"), *self.progress.rglob("*.tmp")]:
             stale.unlink()
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmarks.errors import UsageError
 from benchmarks.pipeline.data import Images
 from benchmarks.pipeline.objectives import Classification, Segmentation, divergence
-from benchmarks.pipeline.recipe import Recipe, make_optimizer, make_scheduler, precision
+from benchmarks.pipeline.recipe import Recipe, make_optimizer, make_scheduler, precision, training_mode
 from benchmarks.pipeline.seeds import derive
 from benchmarks.pipeline.store import Store
 
@@ -76,7 +76,7 @@ class Trainer:
 
         total = recipe.epochs * self.images.steps_per_epoch
         done = position["epoch"] * self.images.steps_per_epoch + position["step"]
-        model.train()
+        training_mode(model, recipe)
         cuda = [self.device] if self.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices=cuda),
@@ -89,7 +89,11 @@ class Trainer:
                     loss = self._step(model, images, targets, optimizer, scaler, dtype, teacher)
                     scheduler.step()
                     if not math.isfinite(loss):
-                        raise UsageError(f"the loss became {loss} in epoch {epoch + 1} of {phase}; lower --lr")
+                        flag = "--train-lr" if phase == "trained" else "--lr"
+                        raise UsageError(
+                            f"the loss became {loss} in epoch {epoch + 1} ({phase}): choose a lower {flag}, and "
+                            "another --out"
+                        )
                     position["sum"] += loss
                     position["step"] += 1
                     bar.update()

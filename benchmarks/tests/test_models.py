@@ -51,3 +51,24 @@ def test_checkpoint_of_another_architecture(tmp_path):
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(UsageError, match="no checkpoint at"):
         read_state_dict(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("half.safetensors", b"\x10\x00", "cannot be read as a state dict"),
+        ("half.pth", b"PK\x03\x04", "cannot be read as a state dict"),
+        ("tensor.pth", torch.ones(2), "holds a Tensor, no state dict"),
+        ("epoch.pth", {"a": torch.ones(2), "epoch": 3}, "holds more than tensors"),
+        ("module.pth", torch.nn.Linear(2, 2), "cannot be read as a state dict"),
+    ],
+)
+def test_a_file_that_is_no_state_dict_is_one_line(name, content, message, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_state_dict(path)
+    assert "\n" not in str(caught.value)

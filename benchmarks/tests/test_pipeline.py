@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import time
+from itertools import pairwise
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from pipeline_helpers import COLOURS, flags, make_folder
+from PIL import Image
+from pipeline_helpers import COLOURS, flags, make_folder, make_masks
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.__main__ import main
+from benchmarks.errors import UsageError
 from benchmarks.evaluate import accuracy
 from benchmarks.pipeline import plan as plans
 from benchmarks.pipeline.config import PruneRunConfig
 from benchmarks.pipeline.data import build_images, read_listing
-from benchmarks.pipeline.networks import build_network, load
+from benchmarks.pipeline.latency import latencies
+from benchmarks.pipeline.networks import build_network, check_classes, load
 from benchmarks.pipeline.objectives import Segmentation, divergence, mean_iou
 from benchmarks.pipeline.recipe import Recipe, make_optimizer, make_scheduler
+from benchmarks.pipeline.report import markdown
 from ippro_tp import load_pruned, save_pruned
 
 
@@ -31,8 +39,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights(folder, tmp_path_factory):
     """A checkpoint of test_resnet with three classes."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     config = PruneRunConfig(model="test_resnet", data_dir=folder, img_size=32, seed=5)
     model = build_network(config, list(COLOURS)).model
@@ -59,6 +65,7 @@ def test_the_whole_way(finished, folder):
     assert len(result["history"]["trained"]) == len(result["history"]["finetuned"]) == 2
     assert result["history"]["trained"][1] < result["history"]["trained"][0]
     report = (finished / "report.md").read_text()
+    assert "| pruned, compensated" in report
     assert "| fine-tuned" in report
     assert f"--data-dir {folder}" in report
     assert {p.name for p in finished.iterdir()} == {
@@ -75,6 +82,14 @@ def test_the_saved_network_has_the_reported_quality_and_size(finished, folder):
     assert accuracy(model, images.validation(), "cpu") == result["quality"]["finetuned"]
     assert sum(p.numel() for p in model.parameters()) == result["plan"]["params"]
     assert not model.training
+
+
+def test_the_report_says_when_fine_tuning_did_harm(finished):
+    result = json.loads((finished / "results.json").read_text())
+    result["quality"] = {"unpruned": 0.9, "pruned": 0.8, "finetuned": 0.7}
+    assert "Fine-tuning lowered the quality: choose a lower --lr" in markdown(result, [])
+    result["quality"]["finetuned"] = 0.795
+    assert "Fine-tuning lowered" not in markdown(result, [])
 
 
 def test_figures_show_something(finished):
@@ -106,12 +121,27 @@ def test_dry_run_lists_the_groups_and_writes_nothing(folder, weights, tmp_path, 
     out = tmp_path / "out"
     more = ["--checkpoint", str(weights), "--params", "0.6", "--scope", "local", "--importance", "l1", "--dry-run"]
     assert main(flags(folder, out, *more)) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert "scoring channels (l1)" in progress
+    assert "refitting layers" in progress
     assert "layer1.0.conv1" in text
     assert "lowest score" in text
     assert "parameters" in text
     assert not out.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_seconds_of_pruning_hold_the_search(folder, weights, tmp_path, monkeypatch):
+    real = plans.Planner.plan
+
+    def slow(planner, model):
+        time.sleep(2)
+        return real(planner, model)
+
+    monkeypatch.setattr(plans.Planner, "plan", slow)
+    more = ["--checkpoint", str(weights), "--pruning-ratio", "0.3", "--importance", "l2", "--no-compensate"]
+    assert main(flags(folder, tmp_path / "out", *more)) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["seconds"]["pruned"] >= 2
 
 
 def test_steps_ratios_and_rounding(folder, weights, tmp_path):
@@ -125,8 +155,6 @@ def test_steps_ratios_and_rounding(folder, weights, tmp_path):
     assert after["layer1.0.conv1"] == 8  # 32 * 0.4 = 12.8, rounded down to eights
     assert after["layer2.0.conv2"] == before["layer2.0.conv2"]  # shares channels with downsample
     assert all(w % 8 == 0 for n, w in after.items() if n != "fc")
-    import dataclasses
-
     stepwise = dataclasses.replace(config, pruning_ratio=None, layer_ratios=(), macs=0.6, steps=2, round_to=0)
     made = _plan(stepwise)
     assert [round(step.macs / made.base[0], 1) for step in made.steps] == [0.8, 0.6]
@@ -161,6 +189,21 @@ def test_no_group_is_left_whole_because_all_of_it_ranks_lowest(folder, weights, 
     group = next(g for g in made.steps[0].groups if g.root == least[0])
     kept = sorted(set(range(48)) - set(group.removed), key=lambda i: group.scores[i])
     assert group.scores[kept[0]] >= max(group.scores[i] for i in group.removed)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_the_largest_ratio_holds_over_all_steps(scope, folder, weights):
+    config = PruneRunConfig(
+        model="test_resnet", data_dir=folder, img_size=32, checkpoint=weights, macs=0.2, workers=0, steps=2,
+        importance="l2", cost="macs", calibration_images=8, compensate=False, max_pruning_ratio=0.62, scope=scope,
+    )  # fmt: skip
+    made = _plan(config)
+    after = made.record()["widths"]
+    left = {name: after[name] / width for name, width in made.widths_before.items() if name != "fc"}
+    assert min(left.values()) >= 1 - 0.62 - 1 / 32 * (scope == "local")  # TP rounds down
+    assert min(left.values()) < 0.5
+    with pytest.raises(UsageError, match="cannot be reached"):
+        _plan(dataclasses.replace(config, macs=0.1))
 
 
 def test_attention_is_pruned_by_heads(folder):
@@ -217,7 +260,7 @@ BAD = {
     "untrained": (None, ["--checkpoint", "None"], "an untrained network is not worth pruning"),
     "no checkpoint": (None, ["--checkpoint", "nothing.safetensors"], "no checkpoint at nothing.safetensors"),
     "other checkpoint": (None, ["--model", "resnet18"], "is a checkpoint of another architecture than ResNet"),
-    "unreachable": (None, ["--macs", "0.001"], "macs 0.001 of the unpruned network cannot be reached within 1%"),
+    "unreachable": (None, ["--macs", "0.001"], "of the unpruned network cannot be reached within 0.01%"),
     "bad ratios": (
         None, ["--macs", "None", "--pruning-ratio", "0.3", "--layer-ratios", "layer1"], "write PATTERN=RATIO",
     ),
@@ -259,6 +302,65 @@ def test_an_unreachable_target_is_refused_before_training(folder, tmp_path, caps
     assert main(flags(folder, tmp_path / "out", *more)) == 2
     assert "macs 0.1 of the unpruned network cannot be reached: with 0.5 of every layer gone" in _one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [["--macs", "0.001"], ["--macs", "0.5", "--round-to", "64"]])
+def test_no_way_of_pruning_is_tried_in_vain(more, folder, tmp_path, capsys):
+    assert main(flags(folder, tmp_path / "out", "--train-epochs", "1", *more)) == 2
+    assert "cannot be reached: with 0.9 of every layer gone" in _one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_small_target_is_met_within_a_tenth(folder, weights, tmp_path, capsys):
+    more = ["--checkpoint", str(weights), "--macs", "0.012", "--scope", "local", "--importance", "l2"]
+    assert main(flags(folder, tmp_path / "out", *more, "--no-compensate", "--max-pruning-ratio", "0.87")) == 2
+    assert "cannot be reached within 0.12%: the nearest is 0.0" in _one_line(capsys)
+
+
+def test_a_folder_that_cannot_be_written(folder, weights, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    command = flags(folder, tmp_path / "file" / "out", "--checkpoint", str(weights), "--pruning-ratio", "0.3")
+    assert main([*command, "--importance", "l2", "--no-compensate"]) == 2
+    assert "file/out cannot be written (Not a directory); choose another" in _one_line(capsys)
+
+
+def test_a_target_missed_after_training_names_the_trained_network(folder, tmp_path, capsys, monkeypatch):
+    def missed(*_):
+        raise UsageError("macs 0.5 cannot be reached")
+
+    out = tmp_path / "out"
+    more = ["--train-epochs", "1", "--macs", "0.5", "--importance", "l2", "--no-compensate"]
+    with monkeypatch.context() as patch:
+        patch.setattr(plans.Planner, "plan", missed)
+        assert main(flags(folder, out, *more)) == 2
+    trained = out / "progress" / "unpruned.safetensors"
+    assert _one_line(capsys).endswith(f"the trained network is {trained}, for --checkpoint and another --out")
+    more = ["--checkpoint", str(trained), *more[2:]]
+    assert main(flags(folder, tmp_path / "again", *more)) == 0
+
+
+def test_a_loss_without_bounds_is_one_line(folder, weights, tmp_path, capsys):
+    more = ["--checkpoint", str(weights), "--pruning-ratio", "0.3", "--importance", "l2", "--no-compensate"]
+    command = flags(folder, tmp_path / "out", *more, "--finetune-epochs", "1")
+    command[command.index("0.02")] = "1e30"
+    assert main(command) == 2
+    assert "in epoch 1 (finetuned): choose a lower --lr, and another --out" in _one_line(capsys)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_masks_of_more_classes_than_outputs_are_refused(tmp_path):
+    config = PruneRunConfig(model="lraspp_mobilenet_v3_large", library="torchvision", task="segmentation",
+                            data_dir=make_masks(tmp_path), workers=0)  # fmt: skip
+    assert len(read_listing(config).classes) == 2
+    path = tmp_path / "val" / "masks" / "1.png"
+    mask = np.array(Image.open(path))
+    mask[-1] = 4  # a class that the training masks lack
+    Image.fromarray(mask).save(path)
+    classes = read_listing(config).classes
+    assert len(classes) == 5
+    check_classes(config, classes, 21)
+    with pytest.raises(UsageError, match="the masks hold numbers up to 4, the network has 2 outputs"):
+        check_classes(config, classes, 2)
 
 
 def test_tracing_without_end_is_given_up(folder, weights, tmp_path, capsys, monkeypatch):
@@ -305,6 +407,21 @@ def test_recipe_groups_and_schedules():
     assert [cosine(0), cosine(5), cosine(10)] == pytest.approx([1, 0.5, 0])
 
 
+@pytest.mark.parametrize("how", ["batch", "frozen"])
+def test_statistics_stay_while_fine_tuning_if_asked(how, folder, weights, tmp_path):
+    out = tmp_path / "out"
+    more = ["--checkpoint", str(weights), "--pruning-ratio", "0.3", "--importance", "l2", "--no-compensate"]
+    more += ["--bn-reestimate", "never", "--finetune-epochs", "1", "--norm-statistics", how]
+    assert main(flags(folder, out, *more)) == 0
+    before, after = load_file(weights), load_pruned(out).state_dict()
+
+    def left(name):
+        return set(after[name].tolist()) <= set(before[name].tolist())
+
+    assert left("bn1.running_mean") is (how == "frozen")
+    assert not left("bn1.weight")  # it was trained
+
+
 def test_divergence_is_zero_for_equal_predictions_only():
     logits = torch.randn(4, 5)
     assert divergence(logits, logits + 3).abs() < 1e-5
@@ -341,3 +458,23 @@ def test_the_ten_lines_of_python(tmp_path):
     comp.step(pruner)
     save_pruned(model, tmp_path, {"library": "timm", "name": "test_resnet", "kwargs": {"num_classes": 3}})
     assert torch.equal(load_pruned(tmp_path)(loader[0][0]), model(loader[0][0]))
+
+
+def test_latency_is_measured_in_turns():
+    order = []
+
+    class Slow(nn.Module):
+        def __init__(self, name, seconds):
+            super().__init__()
+            self.name, self.seconds = name, seconds
+
+        def forward(self, x):
+            order.append(self.name)
+            time.sleep(self.seconds)
+            return x
+
+    found = latencies({"a": Slow("a", 0.02), "b": Slow("b", 0.005)}, torch.zeros(1, 3, 4, 4), 0.1)
+    assert 0.02 <= found["a"]["median_seconds"] < 0.2
+    assert 0.005 <= found["b"]["median_seconds"] < found["a"]["median_seconds"]
+    assert found["a"]["runs"] >= 5
+    assert sum(one != other for one, other in pairwise(order)) == 9

@@ -45,6 +45,7 @@ def test_onnx_gives_the_same_numbers(folder, tmp_path):
     with torch.no_grad():
         assert np.allclose(found, load_pruned(out)(images).numpy(), rtol=1e-4, atol=1e-4)
     assert json.loads((out / "results.json").read_text())["onnx_difference"] <= 1e-4
+    assert "`model.onnx` takes any number of images" in (out / "report.md").read_text()
 
 
 def test_onnx_that_differs_is_not_kept(tmp_path, monkeypatch):

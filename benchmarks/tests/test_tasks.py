@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -110,3 +114,11 @@ def test_folder_names_tell_the_output(tmp_path):
 def test_bad_input_names_cause_and_fix(config, message):
     with pytest.raises(UsageError, match=message):
         build_task(config)
+
+
+def test_evaluation_can_be_imported_first():
+    subprocess.run(
+        [sys.executable, "-c", "from benchmarks.evaluate import accuracy"],
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
