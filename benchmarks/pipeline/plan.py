@@ -334,6 +334,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
     )  # again and again: Torch-Pruning swallows what a trace raises
     try:
         yield
+        if expired:  # swallowed on the way: what came of it is not to be trusted
+            raise late
     except Exception:
         if expired:
             raise late from None
