@@ -457,8 +457,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             raise ObservationError(
                 "all gradients are exactly zero, so nothing can be ranked: the prediction is saturated (a softmax "
                 "of huge logits), the loss does not depend on the output, or they vanish in float16. Give "
-                "calibrate() another loss_fn, LogitNoise() for example; under fp16 autocast use bf16, or a GradScaler that "
-                "observe(..., loss_scale=scaler) is told of."
+                "calibrate() another loss_fn, LogitNoise() for example; under fp16 autocast use bf16, or a "
+                "GradScaler that observe(..., loss_scale=scaler) is told of."
             )
         self._wiring = observation.wiring
         self._positions = observation.positions
