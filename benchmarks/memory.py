@@ -58,16 +58,16 @@ def read_bandwidth(
 
 @contextlib.contextmanager
 def counted_reads() -> Iterator[list[int]]:
-    """Collect, while entered, the bytes of the gradient and of the value that each tap has to read once."""
+    """Collect, while entered, the bytes of the gradient and of the values that each tap has to read once."""
     found: list[int] = []
-    original = extension.sample_sums
+    original = extension.Tap._on_grad
 
-    def counting(grad, value, *args):
-        if value is not None:  # the gradient is read once, whatever else is summed of it
-            found.append(grad.nbytes + value.nbytes)
-        return original(grad, value, *args)
+    def counting(tap, grad):
+        if tap.terms:
+            found.append(grad.nbytes + sum(term.value.nbytes for term in tap.terms))
+        return original(tap, grad)
 
-    with mock.patch.object(extension, "sample_sums", counting):
+    with mock.patch.object(extension.Tap, "_on_grad", counting):
         yield found
 
 

@@ -92,86 +92,104 @@ def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int, sampl
     return sums.view(batch, -1, sums.shape[1]).sum(1)
 
 
+class Term:
+    """A summand of what a tap reads: a tensor, or what one scale and one shift a channel make of it.
+
+    A BatchNorm's output is read as a term of its input, which autograd keeps in any case; a sum of two such
+    outputs as two terms. The output, and the sum, may then be freed or overwritten.
+
+    Args:
+        value: the tensor. No copy is made.
+        affine: ``(scale, shift)``, each ``(channels,)``: the summand is ``scale * value + shift``.
+    """
+
+    def __init__(self, value: Tensor, affine: tuple[Tensor, Tensor] | None = None) -> None:
+        self.value, self.affine = value.detach(), affine
+        self._version = value._version
+
+    @property
+    def storage(self) -> int:
+        """Address of the memory that ``value`` lives in, to notice that it is about to be overwritten."""
+        return self.value.untyped_storage().data_ptr()
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether an in-place operation has changed ``value``."""
+        return self.value._version != self._version
+
+    def accept_overwriting(self) -> None:
+        """Take what an in-place operation left for the value."""
+        self._version = self.value._version
+
+    def copied(self) -> Term:
+        """The same with a private copy of the value."""
+        return Term(self.value.clone(), self.affine)
+
+
 class Tap:
     r"""The extension at one call: sends ``(batch, channels)`` sums of :math:`g\,x` to ``sink`` on backward.
 
     Args:
-        value: x, the input of sigma; for sigma = identity the output itself.
+        terms: what x, the input of sigma, is the sum of; for sigma = identity the output itself.
         output: sigma(x), whose gradient is read.
         axis: channel axis of both.
         batch: number of samples.
         sink: called once for every backward pass through ``output``.
         name: what to call this place in errors.
         gradients: send ``(2, batch, channels)``, the sums of g x and those of g.
-        affine: ``(scale, shift)``, each ``(channels,)``: x is ``scale * value + shift``. A BatchNorm's output is
-            read this way from its input, which autograd keeps in any case: x itself may be freed or overwritten.
         samples: the axis of the samples, if there is one.
     """
 
     def __init__(
         self,
-        value: Tensor,
+        terms: tuple[Term, ...],
         output: Tensor,
         axis: int,
         batch: int,
         sink: Callable[[Tensor], None],
         name: str,
         gradients: bool = False,
-        affine: tuple[Tensor, Tensor] | None = None,
         samples: int | None = 0,
     ) -> None:
         self.axis, self.batch, self.name, self._gradients = axis, batch, name, gradients
         self._samples = samples
-        self.affine = affine
         self._sink = sink
-        self._value: Tensor | None = value.detach()
-        self._version = value._version
+        self.terms = terms
+        """What is kept of x; empty once closed."""
         self._handle: RemovableHandle = output.register_hook(self._on_grad)
-
-    @property
-    def storage(self) -> int:
-        """Address of the memory that ``value`` lives in, to notice that it is about to be overwritten."""
-        return self._value.untyped_storage().data_ptr() if self._value is not None else 0
-
-    @property
-    def value(self) -> Tensor | None:
-        """What is kept of x: x itself, or what ``affine`` makes x of; ``None`` once closed."""
-        return self._value
 
     def accept_overwriting(self) -> None:
         """Go on with what an in-place operation left of x: it is x wherever the gradient is not zero."""
-        if self._value is not None:
-            self._version = self._value._version
+        for term in self.terms:
+            term.accept_overwriting()
 
-    def copy_value(self) -> None:
-        """Keep a private copy of x: an in-place operation is about to overwrite it."""
-        if self._value is not None:
-            self._value = self._value.clone()
-            self._version = self._value._version
+    def copy_values(self, storage: int) -> None:
+        """Keep private copies of what lives in ``storage``: an in-place operation is about to overwrite it."""
+        self.terms = tuple(term.copied() if term.storage == storage else term for term in self.terms)
 
     def close(self) -> None:
         """Forget x and read no further gradient. May be called twice."""
-        self._value = None
+        self.terms = ()
         self._handle.remove()
 
     def _on_grad(self, grad: Tensor) -> None:
-        value = self._value
-        if value is None:
+        if not self.terms:
             return
-        if value._version != self._version:
+        if any(term.overwritten for term in self.terms):
             raise ObservationError(
                 f"the output of {self.name} was overwritten by an in-place operation that cannot be seen from "
                 "Python (a scripted or custom op). Run the calibration with its plain PyTorch version."
             )
         with torch.no_grad():
             where = self.axis, self.batch, self._samples
-            sums = sample_sums(grad, value, *where)
-            if self._gradients:
-                sums = torch.stack([sums, sample_sums(grad, None, *where)])
-            elif self.affine is not None:
-                scale, shift = self.affine
-                sums = sums * scale + sample_sums(grad, None, *where) * shift
-            self._sink(sums)
+            affine = [term.affine for term in self.terms if term.affine is not None]
+            ones = sample_sums(grad, None, *where) if affine or self._gradients else None
+            parts = [sample_sums(grad, term.value, *where) for term in self.terms]
+            parts = [p if t.affine is None else p * t.affine[0] for p, t in zip(parts, self.terms, strict=True)]
+            if ones is not None:
+                parts += [ones * shift for _, shift in affine]
+            sums = sum(parts[1:], parts[0])
+            self._sink(torch.stack([sums, ones]) if self._gradients and ones is not None else sums)
 
 
 class _Root(torch.autograd.Function):

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ObservationError
-from .extension import Tap, require_grad
+from .extension import Tap, Term, require_grad
 from .flow import ACTIVATIONS, ChannelFlow, Label, Span
 from .groups import CHANNEL_NORMS
 from .norms import NormScales
@@ -31,7 +31,15 @@ _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "thres
 """Activations that either leave a value as it is or let no gradient through."""
 _READS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 _PRODUCTS = {"mul", "mul_", "__imul__", "multiply", "multiply_"}
+_INPLACE_SUMS = {"add_", "__iadd__"}
+_SUMS = {"add", "__add__", *_INPLACE_SUMS}
 _SCALINGS = {*_PRODUCTS, "div", "div_", "__itruediv__", "true_divide", "divide", "add", "add_", "__iadd__"}
+_QUERIES = frozenset(
+    {"dim", "size", "numel", "stride", "is_floating_point", "is_contiguous", "untyped_storage", "register_hook"}
+)
+"""Calls that tell of a tensor but make none: most of what a mode sees."""
+_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+"""Attributes of a tensor that are tensors."""
 _INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
 
 
@@ -81,6 +89,7 @@ class Observer(TorchFunctionMode):
         self._taps: dict[str, list[Tap]] = {}
         self._by_storage: dict[int, list[weakref.ref[Tap]]] = {}
         self._fresh: tuple[weakref.ref[Tensor], Tap] | None = None  # tap of the tensor that nobody has read yet
+        self._made_of = WeakTensorKeyDictionary()  # tensor -> (its version, the terms that it is the sum of)
         self._gates = WeakTensorKeyDictionary()  # what came of an activation: (its site, its tap)
         self._dirty: list[Pass] = []
         self._signature: tuple[object, ...] | None = None
@@ -202,6 +211,7 @@ class Observer(TorchFunctionMode):
         self._taps = {}
         self._by_storage = {}
         self._fresh = None
+        self._made_of = WeakTensorKeyDictionary()
         self._gates = WeakTensorKeyDictionary()
 
     def _enter_layer(self, name: str, module: nn.Module) -> Callable[..., None]:
@@ -240,7 +250,7 @@ class Observer(TorchFunctionMode):
             self._pass.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
             sink = self._sink(self._pass.inputs, name, self._pass)
             samples = self._samples.of(x, self._pass.batch)
-            self._register(Tap(branch, branch, axis, self._pass.batch, sink, name, True, samples=samples))
+            self._register(Tap((Term(branch),), branch, axis, self._pass.batch, sink, name, True, samples=samples))
             return (branch, *args[1:])
 
         return hook
@@ -286,8 +296,27 @@ class Observer(TorchFunctionMode):
                 self._close(span.layer)
         spans = (*before, Span(name, 0, y.shape[1]))
         self._flow.set(y, Label(1, spans))
-        self._tap_output(name, y, 1, x if affine is not None else y, affine)
+        if affine is not None:
+            self._made_of[y] = y._version, (Term(x, affine),)
+        self._tap_output(name, y, 1)
         return y
+
+    def _terms(self, x: Tensor) -> tuple[Term, ...]:
+        """What ``x`` is the sum of, as far as autograd keeps it anyway; else ``x`` itself."""
+        version, terms = self._made_of.get(x, (None, ()))
+        return terms if version == x._version else (Term(x),)
+
+    def _summed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Term, ...]:
+        """The terms of a sum of two tensors, of which autograd keeps one at least; none if they will be gone."""
+        if name not in _SUMS or kwargs or len(args) != 2 or not all(isinstance(x, Tensor) for x in args):
+            return ()
+        if args[0].shape != args[1].shape or args[0].dtype != args[1].dtype:
+            return ()
+        terms = self._terms(args[0]) + self._terms(args[1])
+        kept = len(terms) == 2 and any(term.affine is not None for term in terms)
+        if not kept or (name in _INPLACE_SUMS and any(_share_memory(args[0], term.value) for term in terms)):
+            return ()
+        return terms
 
     def __torch_function__(
         self,
@@ -298,9 +327,9 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """See every call of a torch function; only calls within the model's forward are looked at."""
         kwargs = kwargs or {}
-        if self._pass is None:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if self._pass is None or name in _QUERIES or _reads_attribute(name, func):
+            return func(*args, **kwargs)
         x = args[0] if args else kwargs.get("input")
         inplace = _is_inplace(name, args, kwargs)
         if name in ACTIVATIONS and isinstance(x, Tensor) and self._flow[x] is not None:
@@ -315,8 +344,11 @@ class Observer(TorchFunctionMode):
             self._save_from_overwriting(x)
             if gated is not None and gated[1] is x:
                 gated = gated[0], x.detach().clone()
+        summed = self._summed(name, args, kwargs) if self._tap_activations else ()
         out = func(*args, **kwargs)
         self._samples.follow(name, args, kwargs, out)
+        if summed:
+            self._made_of[out] = out._version, summed
         if gated is not None:
             out = self._follow_gate(*gated, out)
         if name in _NORM_CALLS and self._norms and self._norms[-1] is not None:
@@ -340,16 +372,13 @@ class Observer(TorchFunctionMode):
         source = self._fresh[1] if self._fresh is not None and self._fresh[0]() is x else None
         self._fresh = None
         masked = inplace and name in _MASKS and not self._tap_activations
-        value, affine = x, None
-        if source is not None and source.affine is not None and source.value is not None:
-            value, affine = source.value, source.affine
+        terms = self._terms(x) if extended else ()
         if inplace:
             if extended:
                 for span in spans:
                     self._close(span.layer)
+                terms = tuple(term.copied() if _share_memory(x, term.value) else term for term in terms)
             self._save_from_overwriting(x, but=source if masked else None)
-            if extended and affine is None:
-                value = x.detach().clone()
         out: Tensor = func(*args, **kwargs)
         self._samples.copy(x, out)
         if masked and source is not None:
@@ -367,19 +396,17 @@ class Observer(TorchFunctionMode):
         if extended:
             for span in spans:
                 self._close(span.layer)
-            out, tap = self._extend(site, value, out, affine)
+            out, tap = self._extend(site, terms, out)
         self._gates[out] = number, tap
         return out
 
-    def _extend(
-        self, site: Site, value: Tensor, out: Tensor, affine: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tap]:
-        """Tap ``out`` = sigma(``value``)."""
+    def _extend(self, site: Site, terms: tuple[Term, ...], out: Tensor) -> tuple[Tensor, Tap]:
+        """Tap ``out``, which is sigma of the sum of ``terms``."""
         assert self._pass is not None
         sink = self._sink(self._pass.activations, site.name, self._pass)
         samples = self._samples.of(out, self._pass.batch)
         out = require_grad(out)
-        tap = Tap(value, out, site.label.axis, self._pass.batch, sink, site.name, affine=affine, samples=samples)
+        tap = Tap(terms, out, site.label.axis, self._pass.batch, sink, site.name, samples=samples)
         self._register(tap)
         return out, tap
 
@@ -416,7 +443,7 @@ class Observer(TorchFunctionMode):
         if tap is not None:
             tap.close()
             label = self._flow[value]
-            out, _ = self._extend(site, value, out)
+            out, _ = self._extend(site, (Term(value),), out)
             self._flow.set(out, label)
         return out
 
@@ -427,8 +454,6 @@ class Observer(TorchFunctionMode):
         name: str,
         y: Tensor,
         axis: int,
-        value: Tensor | None = None,
-        affine: tuple[Tensor, Tensor] | None = None,
         table: bool = False,
     ) -> None:
         assert self._pass is not None
@@ -437,26 +462,28 @@ class Observer(TorchFunctionMode):
         if name in self.untapped:
             return
         sink = self._sink(self._pass.outputs, name, self._pass)
-        value, samples = y if value is None else value, self._samples.of(y, self._pass.batch, table)
-        tap = Tap(value, y, axis, self._pass.batch, sink, name, affine=affine, samples=samples)
+        samples = self._samples.of(y, self._pass.batch, table)
+        tap = Tap(self._terms(y), y, axis, self._pass.batch, sink, name, samples=samples)
         self._taps.setdefault(name, []).append(tap)
         self._register(tap)
         self._fresh = weakref.ref(y), tap
 
     def _register(self, tap: Tap) -> None:
-        self._by_storage.setdefault(tap.storage, []).append(weakref.ref(tap))
+        for term in tap.terms:
+            self._by_storage.setdefault(term.storage, []).append(weakref.ref(tap))
 
     def _close(self, name: str) -> None:
         for tap in self._taps.pop(name, []):
             tap.close()
 
     def _save_from_overwriting(self, x: Tensor, but: Tap | None = None) -> None:
-        for ref in self._by_storage.pop(x.untyped_storage().data_ptr(), []):
+        here = x.untyped_storage().data_ptr()
+        for ref in self._by_storage.pop(here, []):
             tap = ref()
             if tap is not None and tap is but:
-                self._register(tap)
+                self._by_storage.setdefault(here, []).append(ref)
             elif tap is not None:
-                tap.copy_value()
+                tap.copy_values(here)
 
     def _sink(self, store: dict[str, Tensor], name: str, owner: Pass) -> Callable[[Tensor], None]:
         def sink(sums: Tensor) -> None:
@@ -471,6 +498,15 @@ class Observer(TorchFunctionMode):
             store[name] = store[name] + sums if name in store else sums
 
         return sink
+
+
+def _reads_attribute(name: str, func: Callable[..., Any]) -> bool:
+    """Whether a call is ``x.shape``, ``x.dtype`` and the like."""
+    return name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "T") not in _VIEWS
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _is_depthwise(module: nn.Module) -> bool:
