@@ -16,7 +16,7 @@ from benchmarks.cells import UNPRUNED, Cell, environment, peak_memory_mb
 from benchmarks.cost import group_cost
 from benchmarks.criteria import find_criterion
 from benchmarks.evaluate import accuracy, reestimate_batchnorm
-from benchmarks.finetune import Recipe, finetune
+from benchmarks.finetune import Recipe, finetune, reinitialise
 from benchmarks.prune import PruneConfig, Pruned, build_pruner, prune, size, widths
 from benchmarks.schedule import prune_front_to_back
 from benchmarks.scores import FrozenScores, freeze
@@ -39,6 +39,7 @@ class Settings:
     recipe: Recipe
     device: str
     block_epochs: int = 0
+    from_scratch: bool = False
 
 
 @dataclass
@@ -265,6 +266,11 @@ class ArmRunner:
             with _timed(seconds, "finetune"):
                 finetune(tuned, self.task, settings.recipe, cell.seed, settings.device)
                 result["finetuned"] = self._accuracy(tuned)
+            if settings.from_scratch:
+                reinitialise(tuned, self.task.frozen, cell.seed)
+                with _timed(seconds, "scratch"):
+                    finetune(tuned, self.task, settings.recipe, cell.seed, settings.device)
+                    result["scratch"] = self._accuracy(tuned)
         return result
 
     def _accuracy(self, model: torch.nn.Module) -> float:

@@ -64,6 +64,8 @@ class CompareConfig(TaskConfig):
     """Epochs of the common fine-tuning; 0 for none."""
     lr: float = 0.01
     """Learning rate of the fine-tuning."""
+    from_scratch: bool = False
+    """Also train a network of the same shape from new weights, with the schedule of the fine-tuning."""
     workers: int = 2
     """Processes, each with one thread; 1 stays in this process with all threads."""
 
@@ -99,6 +101,7 @@ def _settings(config: CompareConfig) -> Settings:
         prune=PruneConfig(config.max_pruning_ratio, config.round_to),
         recipe=Recipe(epochs=config.finetune_epochs, learning_rate=config.lr),
         block_epochs=config.block_epochs,
+        from_scratch=config.from_scratch,
         device=config.device,
     )
 
@@ -135,8 +138,9 @@ def _pending(config: CompareConfig, settings: Settings, task: Task, cells: list[
         "all_test_images": len(task.test),
     }
     del common["device"]
-    if not settings.block_epochs:
-        del common["block_epochs"]  # cells from before the option are the same
+    for option in ("block_epochs", "from_scratch"):
+        if not common[option]:
+            del common[option]  # cells from before the option are the same
     jobs: dict[str, list] = {}
     for cell in cells:
         path, wanted = cell.path(config.out, task.name, task.model_name), common | cell.varied

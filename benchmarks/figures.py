@@ -19,7 +19,12 @@ COMPENSATED = " + compensation"
 """What the report appends to the name of a compensated arm."""
 MARKERS = "ovsPXD^<>ph*"
 DASHES = ("-", "--", ":")
-PANELS = {"pruned": "as pruned", "bn": "BatchNorm re-estimated", "finetuned": "fine-tuned"}
+PANELS = {
+    "pruned": "as pruned",
+    "bn": "BatchNorm re-estimated",
+    "finetuned": "fine-tuned",
+    "scratch": "from scratch",
+}
 
 
 def draw_curves(cells: pd.DataFrame, directory: Path) -> list[Path]:

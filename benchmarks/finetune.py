@@ -15,7 +15,7 @@ from benchmarks.tasks.base import Task
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum and a cosine schedule to zero, in float32."""
+    """SGD with Nesterov momentum and a cosine from the learning rate to zero, step by step, in float32."""
 
     epochs: int = 0
     learning_rate: float = 0.01
@@ -47,19 +47,32 @@ def finetune(
     optimizer = torch.optim.SGD(
         parameters, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
+    batches = -(-task.training_images // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(recipe.epochs * batches, 1))
     model.train()
     loss_sum, count = math.nan, 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for epoch in tqdm(range(recipe.epochs), desc=label, unit="epoch", leave=False):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
+        for _ in tqdm(range(recipe.epochs), desc=label, unit="epoch", leave=False):
             loss_sum, count = 0.0, 0
             for images, labels in task.training(generator, recipe.batch_size):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(images.to(device)), labels.to(device))
                 loss.backward()
                 optimizer.step()
+                schedule.step()
                 loss_sum, count = loss_sum + loss.item() * len(labels), count + len(labels)
     model.eval()
     return loss_sum / count
+
+
+def reinitialise(model: nn.Module, frozen: tuple[str, ...], seed: int) -> None:
+    """Give all layers of ``model`` the weights that PyTorch gives new ones, but for those named in ``frozen``."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if name in frozen}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for name, value in kept.items():
+            model.get_parameter(name).copy_(value)

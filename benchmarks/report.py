@@ -16,7 +16,7 @@ from benchmarks.cells import UNPRUNED
 from benchmarks.errors import UsageError
 from benchmarks.figures import draw_curves
 
-PHASES = {"pruned": "as pruned", "bn": "BN re-estimated", "finetuned": "fine-tuned"}
+PHASES = {"pruned": "as pruned", "bn": "BN re-estimated", "finetuned": "fine-tuned", "scratch": "from scratch"}
 REFERENCE = "l1"
 MISSED, FAILED, ABSENT = "missed", "failed", "·"
 

@@ -124,6 +124,11 @@ class Task:
         for part in pool.split(batch_size):
             yield images.batch(part)
 
+    @property
+    def training_images(self) -> int:
+        """Return the number of images of an epoch of :meth:`training`."""
+        return len(self._split[0])
+
     def training(self, generator: torch.Generator, batch_size: int) -> Iterator[Batch]:
         """Yield one augmented, shuffled epoch of the training split without its held-out part."""
         pool = self._split[0]

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from benchmarks import compare
 from benchmarks.__main__ import main
 from benchmarks.cells import write_json
-from benchmarks.finetune import Recipe
+from benchmarks.finetune import Recipe, reinitialise
+from benchmarks.models.small_resnet import SmallResNet
 from benchmarks.report import read_cells
 from benchmarks.tasks import digits
 
@@ -33,18 +35,19 @@ def quick_digits(monkeypatch, tmp_path):
 def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
     out = tmp_path / "out"
     axes = ["--cost", "none", "--compensate", "none", "fold"]
-    assert main([*quick_digits, "--criteria", "random", "l1", "--finetune-epochs", "1", *axes]) == 0
+    training = ["--finetune-epochs", "1", "--from-scratch"]
+    assert main([*quick_digits, "--criteria", "random", "l1", *training, *axes]) == 0
     cells = read_cells(out)
     assert sorted(cells.arm) == ["l1", "l1 + compensation", "random", "random + compensation", "unpruned"]
     assert (cells.status == "ok").all()
-    assert cells.finetuned.notna().all()
+    assert cells[["finetuned", "scratch"]].notna().all(axis=None)
     record = json.loads(next(out.glob("cells/*/l1__global__0.6__seed0.json")).read_text())
     folded = json.loads(next(out.glob("cells/*/l1+fold__global__0.6__seed0.json")).read_text())
     assert folded["widths"] == record["widths"]
     assert abs(record["macs_fraction"] - 0.6) <= 0.01
     assert record["min_width"] == min(record["widths"].values())
-    assert {"pruned", "bn", "finetuned"} == record["accuracy"].keys()
-    assert {"calibration", "scoring", "pruning", "batchnorm", "finetune"} <= record["seconds"].keys()
+    assert {"pruned", "bn", "finetuned", "scratch"} == record["accuracy"].keys()
+    assert {"calibration", "scoring", "pruning", "batchnorm", "finetune", "scratch"} <= record["seconds"].keys()
     assert main(["report", str(out)]) == 0
     assert (out / "report.md").exists()
     assert (out / "accuracy_digits_resnet14.png").stat().st_size > 10_000
@@ -131,3 +134,17 @@ def test_interrupted_write_leaves_no_half_file(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "cell.json", {"accuracy": float("nan")})
     assert not (tmp_path / "cell.json").exists()
+
+
+def test_reinitialised_weights_are_new_but_the_frozen_ones():
+    model = SmallResNet()
+    trained = {name: p.detach().clone().fill_(7.0) for name, p in model.named_parameters()}
+    frozen = (next(name for name in trained if name.endswith("bias")),)
+    found = []
+    for seed in (0, 0, 1):
+        model.load_state_dict(trained, strict=False)
+        reinitialise(model, frozen, seed)
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert any(not torch.equal(value, found[2][name]) for name, value in found[0].items())
+    assert [name for name, value in found[0].items() if torch.equal(value, trained[name])] == list(frozen)
