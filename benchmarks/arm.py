@@ -40,6 +40,7 @@ class Settings:
     device: str
     block_epochs: int = 0
     from_scratch: bool = False
+    bn_augmented: bool = False
 
 
 @dataclass
@@ -259,7 +260,9 @@ class ArmRunner:
         settings, result = self.settings, {}
         recalibrated = copy.deepcopy(model).to(memory_format=torch.channels_last)
         with _timed(seconds, "batchnorm"):
-            reestimate_batchnorm(recalibrated, self.batches(cell.seed), settings.device)
+            batches = self.batches(cell.seed)
+            batches = self.task.augmented(batches, cell.seed) if settings.bn_augmented else batches
+            reestimate_batchnorm(recalibrated, batches, settings.device)
             result["bn"] = self._accuracy(recalibrated)
         if settings.recipe.epochs > 0:
             tuned = copy.deepcopy(model)

@@ -60,6 +60,8 @@ class CompareConfig(TaskConfig):
     """Largest ratio."""
     round_to: int = 0
     """Widths are multiples of this; 0 for any."""
+    bn_augmented: bool = False
+    """Re-estimate BatchNorm on the calibration images as training shows them, instead of as evaluation does."""
     finetune_epochs: int = 0
     """Epochs of the common fine-tuning; 0 for none."""
     lr: float = 0.01
@@ -102,6 +104,7 @@ def _settings(config: CompareConfig) -> Settings:
         recipe=Recipe(epochs=config.finetune_epochs, learning_rate=config.lr),
         block_epochs=config.block_epochs,
         from_scratch=config.from_scratch,
+        bn_augmented=config.bn_augmented,
         device=config.device,
     )
 
@@ -138,7 +141,7 @@ def _pending(config: CompareConfig, settings: Settings, task: Task, cells: list[
         "all_test_images": len(task.test),
     }
     del common["device"]
-    for option in ("block_epochs", "from_scratch"):
+    for option in ("block_epochs", "from_scratch", "bn_augmented"):
         if not common[option]:
             del common[option]  # cells from before the option are the same
     jobs: dict[str, list] = {}

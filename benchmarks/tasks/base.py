@@ -100,7 +100,7 @@ class Task:
     frozen: tuple[str, ...] = ()
     """Names of parameters that fine-tuning leaves alone."""
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
-    """Training-time augmentation of a batch, for fine-tuning only."""
+    """Training-time augmentation of a batch, for fine-tuning and, if asked, BatchNorm re-estimation."""
     _split: tuple[Tensor, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -113,6 +113,13 @@ class Task:
         pool = self._split[0]
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         return [self.train.batch(pool[part]) for part in order[:count].split(batch_size)]
+
+    def augmented(self, batches: list[Batch], seed: int) -> list[Batch]:
+        """Return ``batches`` as training would show them."""
+        if self.augment is None:
+            return batches
+        generator = torch.Generator().manual_seed(seed)
+        return [(self.augment(images, generator), labels) for images, labels in batches]
 
     def evaluation(self, split: str, limit: int, batch_size: int) -> Iterator[Batch]:
         """Yield the ``test`` split, or the ``heldout`` part of train, or ``limit`` random ones of it (0: all)."""
@@ -137,12 +144,23 @@ class Task:
             yield (self.augment(images, generator) if self.augment else images), labels
 
 
-def flip_and_crop(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Return ``images`` mirrored at random, and shifted by up to ``padding`` pixels with black borders."""
+def flip_and_crop(
+    images: Tensor, generator: torch.Generator, padding: int = 4, border: Tensor | None = None
+) -> Tensor:
+    """Return ``images`` mirrored at random, and shifted by up to ``padding`` pixels.
+
+    Args:
+        images: ``[N, C, H, W]``.
+        generator: Of the shifts and reflections.
+        padding: Largest shift.
+        border: Value of each channel beyond the border, ``[C]``: that of black, which is not 0 where images are
+            normalised. BatchNorm statistics are other ones with borders of the mean colour. ``None``: 0.
+    """
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     height, width = images.shape[-2:]
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    beyond = torch.zeros(images.shape[1]) if border is None else border
+    padded = torch.nn.functional.pad(images - beyond.view(-1, 1, 1), (padding,) * 4) + beyond.view(-1, 1, 1)
     top, left = torch.randint(0, 2 * padding + 1, (2, len(images)), generator=generator)
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]
     columns = (left[:, None] + torch.arange(width))[:, None, None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def build(config: TaskConfig) -> Task:
     load_checkpoint(model, config.checkpoint, fixed=frozen)
     train, test = (cifar_images(config.data_dir, split, config.cache_dir) for split in ("train", "test"))
     example = test.batch(torch.tensor([0]))[0]
-    return Task("cifar10", name, model, example, train, test, 10, ("linear",), frozen, flip_and_crop)
+    black = -torch.tensor(MEAN) / torch.tensor(STD)
+    augment = functools.partial(flip_and_crop, border=black)
+    return Task("cifar10", name, model, example, train, test, 10, ("linear",), frozen, augment)
 
 
 def cifar_images(data_dir: Path, split: str, cache_dir: Path) -> TensorImages:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks.errors import UsageError
 from benchmarks.evaluate import accuracy, reestimate_batchnorm
 from benchmarks.finetune import Recipe, finetune
+from benchmarks.models.cifar_resnet import CifarResNet
 from benchmarks.tasks import TaskConfig, build_task
-from benchmarks.tasks.base import flip_and_crop
+from benchmarks.tasks.base import TensorImages, flip_and_crop
 from benchmarks.tasks.cifar10 import cifar_images
 from benchmarks.tasks.imagefolder import FolderImages, output_indices
 
@@ -122,3 +124,34 @@ def test_evaluation_can_be_imported_first():
         check=True,
         cwd=Path(__file__).parents[2],
     )
+
+
+def test_shifted_images_have_black_borders_not_grey_ones():
+    images = torch.randint(1, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    pixels = TensorImages(images, torch.zeros(64, dtype=torch.long), mean, std)
+    black = -torch.tensor(mean) / torch.tensor(std)
+    batch = pixels.batch(torch.arange(64))[0]
+    shifted = flip_and_crop(batch, torch.Generator().manual_seed(0), border=black)
+    back = (shifted * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)) * 255
+    border = back.amax(1) < 0.5  # the images themselves hold no black
+    assert 0.2 < border.float().mean() < 0.6
+    assert back[border.unsqueeze(1).expand_as(back)].abs().max() < 1e-3
+
+
+def test_cifar_tasks_shift_in_black(tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(5):
+                Image.new("RGB", (32, 32)).save(tmp_path / split / name / f"{i}.png")
+    weights = tmp_path / "resnet20.safetensors"
+    save_file(CifarResNet(20).state_dict(), weights)
+    task = build_task(
+        TaskConfig(
+            task="cifar10", model="resnet20", checkpoint=weights, data_dir=tmp_path, cache_dir=tmp_path / "cache"
+        )
+    )
+    batches = task.calibration(0, 4, 2)
+    for (plain, _), (shifted, _) in zip(batches, task.augmented(batches, 0), strict=True):
+        torch.testing.assert_close(shifted, plain)
