@@ -26,7 +26,7 @@ from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
 from benchmarks.prune import build_pruner
 from benchmarks.scores import prunable_groups
 from benchmarks.tasks.base import Batch
-from ippro_tp import Compensation, PROImportance, SpaSPImportance
+from ippro_tp import Compensation, LogitNoise, PROImportance, SpaSPImportance
 from ippro_tp.extension import require_grad
 from ippro_tp.groups import groups_of, read_group
 
@@ -131,8 +131,13 @@ def _hessian(subject: Subject) -> tp.importance.Importance:
     return importance
 
 
-def _ours(make: Callable, subject: Subject) -> Callable:
-    return make().calibrate(subject.pruner, subject.batches, progress=False)
+def _ours(make: Callable, subject: Subject, **options) -> Callable:
+    return make().calibrate(subject.pruner, subject.batches, progress=False, **options)
+
+
+def _default(subject: Subject) -> Callable:
+    """White noise on the logits: those of deep random networks saturate the softmax of FisherNoise."""
+    return _ours(PROImportance, subject, loss_fn=LogitNoise())
 
 
 ARMS: dict[str, Arm] = {
@@ -142,7 +147,7 @@ ARMS: dict[str, Arm] = {
     "TP Taylor": Arm(BOTH, _backward),
     "TP Hessian (corrected)": Arm(BOTH, _hessian),
     'PRO "paper"': Arm(BOTH, functools.partial(_ours, functools.partial(PROImportance, estimator="paper"))),
-    "PRO (default)": Arm(BOTH, functools.partial(_ours, PROImportance)),
+    "PRO (default)": Arm(BOTH, _default),
     "i-SpaSP": Arm(FORWARD, functools.partial(_ours, SpaSPImportance)),
     "Compensation": Arm(FORWARD, lambda subject: _ours(Compensation, subject) and None),
 }
