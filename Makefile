@@ -11,7 +11,7 @@ install: $(STAMP)
 # torch and torchvision are resolved together: a CPU-only torch beside a normal torchvision does not import.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision -e ".[bench,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision -e ".[bench,dev,onnx]"
 	touch $@
 
 compare: $(STAMP)
