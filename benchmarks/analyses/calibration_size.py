@@ -186,6 +186,15 @@ def _difference(frame: pd.DataFrame, target: float) -> str:
     )
 
 
+def _apart(sizes: list[int]) -> list[int]:
+    """Return the sizes whose labels do not run into each other on a logarithmic axis."""
+    shown: list[int] = []
+    for size in reversed(sizes):
+        if not shown or size * 2 <= shown[-1]:
+            shown.append(size)
+    return shown[::-1]
+
+
 def draw(frame: pd.DataFrame) -> Figure:
     """Return accuracy against the number of images, a panel per target, and the seconds."""
     targets = sorted(frame.macs.unique(), reverse=True)
@@ -202,8 +211,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         axes[-1].plot(curve.index, curve, **style)
     for axis, title in zip(axes, [*(f"MACs {t:g}" for t in targets), "calibration"], strict=True):
         axis.set_xscale("log")
-        sizes = sorted(frame.images.unique())
-        axis.set_xticks(sizes[:: max(len(sizes) // 5, 1)])
+        axis.set_xticks(_apart(sorted(frame.images.unique())))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.set_xlabel("calibration images")
