@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -242,19 +243,27 @@ class Calibrated(abc.ABC):
         """Take over what :meth:`state_dict` gave, here or in another process.
 
         Raises:
-            ValueError: the state was made with other settings.
+            ValueError: the state was made with other settings, or by another version, or is something else. What
+                was calibrated before is then still there.
         """
-        if state["settings"] != self._settings():
+        loaded = copy.copy(self)
+        try:
+            if state["settings"] != self._settings():
+                raise ValueError(
+                    f"the state was made with {state['settings']}, this object has {self._settings()}. Make it "
+                    "with the same settings."
+                )
+            loaded.reset()
+            loaded._sums = Sums({name: value.clone() for name, value in state["sums"].items()})
+            records = [_unpack_record(packed) for packed in state["groups"]]
+            loaded._records = {record.key: record for record in records}
+            loaded._ranks_globally = bool(state["ranks_globally"])
+            loaded._load_extra_state(state["extra"])
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"the state was made with {state['settings']}, this object has {self._settings()}. Make it with "
-                "the same settings."
-            )
-        self.reset()
-        self._sums = Sums({name: value.clone() for name, value in state["sums"].items()})
-        records = [_unpack_record(packed) for packed in state["groups"]]
-        self._records = {record.key: record for record in records}
-        self._ranks_globally = bool(state["ranks_globally"])
-        self._load_extra_state(state["extra"])
+                f"this is no state_dict() of a {type(self).__name__} of this version ({error!r}): calibrate again."
+            ) from error
+        self.__dict__.update(loaded.__dict__)
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for statistics to be added up: plain types only."""

@@ -181,6 +181,16 @@ def test_state_dict_survives_a_file(settings):
         PROImportance(estimator="paper", target="norm").load_state_dict(imp.state_dict())
 
 
+@pytest.mark.parametrize("spoil", [lambda state: state["extra"].pop("unscored"), lambda state: state.pop("sums")])
+def test_a_state_of_another_version_is_refused_and_costs_nothing(spoil):
+    _model, imp, pruner = calibrated()
+    before, state = all_scores(imp, pruner), imp.state_dict()
+    spoil(state)
+    with pytest.raises(ValueError, match=r"no state_dict\(\) of a PROImportance of this version"):
+        imp.load_state_dict(state)
+    assert torch.equal(all_scores(imp, pruner), before)
+
+
 @pytest.mark.parametrize("settings", SETTINGS[:3] + SETTINGS[4:6], ids=str)
 def test_merging_two_halves_equals_calibrating_on_both(settings):
     case = CASES["residual"]
