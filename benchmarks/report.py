@@ -14,9 +14,9 @@ from tabulate import tabulate
 
 from benchmarks.cells import UNPRUNED
 from benchmarks.errors import UsageError
-from benchmarks.figures import draw_curves
+from benchmarks.figures import PANELS, draw_curves
 
-PHASES = {"pruned": "as pruned", "bn": "BN re-estimated", "finetuned": "fine-tuned", "scratch": "from scratch"}
+PHASES = PANELS | {"bn": "BN re-estimated"}
 REFERENCE = "l1"
 MISSED, FAILED, ABSENT = "missed", "failed", "·"
 

@@ -92,6 +92,11 @@ def sample_sums(grad: Tensor, value: Tensor | None, axis: int, batch: int, sampl
     return sums.view(batch, -1, sums.shape[1]).sum(1)
 
 
+def storage_of(x: Tensor) -> int:
+    """Address of the memory that ``x`` lives in, to notice that it is about to be overwritten."""
+    return x.untyped_storage().data_ptr()
+
+
 class Term:
     """A summand of what a tap reads: a tensor, or what one scale and one shift a channel make of it.
 
@@ -109,8 +114,8 @@ class Term:
 
     @property
     def storage(self) -> int:
-        """Address of the memory that ``value`` lives in, to notice that it is about to be overwritten."""
-        return self.value.untyped_storage().data_ptr()
+        """:func:`storage_of` the value."""
+        return storage_of(self.value)
 
     @property
     def overwritten(self) -> bool:
@@ -121,9 +126,13 @@ class Term:
         """Take what an in-place operation left for the value."""
         self._version = self.value._version
 
-    def copied(self) -> Term:
-        """The same with a private copy of the value."""
-        return Term(self.value.clone(), self.affine)
+    def apart_from(self, storage: int) -> Term:
+        """This term; with a private copy of the value if that lives in ``storage``, which will be overwritten."""
+        return Term(self.value.clone(), self.affine) if self.storage == storage else self
+
+    def sums(self, sums: Tensor, ones: Tensor | None) -> Tensor:
+        """The sums of g x for this summand, of those of g times its value and those of g."""
+        return sums if self.affine is None or ones is None else sums * self.affine[0] + ones * self.affine[1]
 
 
 class Tap:
@@ -165,7 +174,7 @@ class Tap:
 
     def copy_values(self, storage: int) -> None:
         """Keep private copies of what lives in ``storage``: an in-place operation is about to overwrite it."""
-        self.terms = tuple(term.copied() if term.storage == storage else term for term in self.terms)
+        self.terms = tuple(term.apart_from(storage) for term in self.terms)
 
     def close(self) -> None:
         """Forget x and read no further gradient. May be called twice."""
@@ -182,12 +191,9 @@ class Tap:
             )
         with torch.no_grad():
             where = self.axis, self.batch, self._samples
-            affine = [term.affine for term in self.terms if term.affine is not None]
-            ones = sample_sums(grad, None, *where) if affine or self._gradients else None
-            parts = [sample_sums(grad, term.value, *where) for term in self.terms]
-            parts = [p if t.affine is None else p * t.affine[0] for p, t in zip(parts, self.terms, strict=True)]
-            if ones is not None:
-                parts += [ones * shift for _, shift in affine]
+            shifted = any(term.affine is not None for term in self.terms)
+            ones = sample_sums(grad, None, *where) if shifted or self._gradients else None
+            parts = [term.sums(sample_sums(grad, term.value, *where), ones) for term in self.terms]
             sums = sum(parts[1:], parts[0])
             self._sink(torch.stack([sums, ones]) if self._gradients and ones is not None else sums)
 

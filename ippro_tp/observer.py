@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ObservationError
-from .extension import Tap, Term, require_grad
+from .extension import Tap, Term, require_grad, storage_of
 from .flow import ACTIVATIONS, ChannelFlow, Label, Span
 from .groups import CHANNEL_NORMS
 from .norms import NormScales
@@ -31,15 +31,8 @@ _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "thres
 """Activations that either leave a value as it is or let no gradient through."""
 _READS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 _PRODUCTS = {"mul", "mul_", "__imul__", "multiply", "multiply_"}
-_INPLACE_SUMS = {"add_", "__iadd__"}
-_SUMS = {"add", "__add__", *_INPLACE_SUMS}
-_SCALINGS = {*_PRODUCTS, "div", "div_", "__itruediv__", "true_divide", "divide", "add", "add_", "__iadd__"}
-_QUERIES = frozenset(
-    {"dim", "size", "numel", "stride", "is_floating_point", "is_contiguous", "untyped_storage", "register_hook"}
-)
-"""Calls that tell of a tensor but make none: most of what a mode sees."""
-_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
-"""Attributes of a tensor that are tensors."""
+_SUMS = {"add", "add_", "__iadd__"}
+_SCALINGS = {*_PRODUCTS, *_SUMS, "div", "div_", "__itruediv__", "true_divide", "divide"}
 _INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
 
 
@@ -306,17 +299,16 @@ class Observer(TorchFunctionMode):
         version, terms = self._made_of.get(x, (None, ()))
         return terms if version == x._version else (Term(x),)
 
-    def _summed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Term, ...]:
+    def _summed(self, inplace: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Term, ...]:
         """The terms of a sum of two tensors, of which autograd keeps one at least; none if they will be gone."""
-        if name not in _SUMS or kwargs or len(args) != 2 or not all(isinstance(x, Tensor) for x in args):
+        if kwargs or len(args) != 2 or not all(isinstance(x, Tensor) for x in args):
             return ()
         if args[0].shape != args[1].shape or args[0].dtype != args[1].dtype:
             return ()
         terms = self._terms(args[0]) + self._terms(args[1])
         kept = len(terms) == 2 and any(term.affine is not None for term in terms)
-        if not kept or (name in _INPLACE_SUMS and any(_share_memory(args[0], term.value) for term in terms)):
-            return ()
-        return terms
+        gone = inplace and any(term.storage == storage_of(args[0]) for term in terms)
+        return terms if kept and not gone else ()
 
     def __torch_function__(
         self,
@@ -327,9 +319,9 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """See every call of a torch function; only calls within the model's forward are looked at."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if self._pass is None or name in _QUERIES or _reads_attribute(name, func):
+        if self._pass is None:
             return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
         x = args[0] if args else kwargs.get("input")
         inplace = _is_inplace(name, args, kwargs)
         if name in ACTIVATIONS and isinstance(x, Tensor) and self._flow[x] is not None:
@@ -344,20 +336,20 @@ class Observer(TorchFunctionMode):
             self._save_from_overwriting(x)
             if gated is not None and gated[1] is x:
                 gated = gated[0], x.detach().clone()
-        summed = self._summed(name, args, kwargs) if self._tap_activations else ()
+        summed = self._summed(inplace, args, kwargs) if self._tap_activations and name in _SUMS else ()
         out = func(*args, **kwargs)
+        if not isinstance(out, (Tensor, tuple, list)) or isinstance(out, torch.Size):
+            self._fresh = fresh  # a shape, a flag or a number, as most calls give: no gradient will come back
+            return out
         self._samples.follow(name, args, kwargs, out)
-        if summed:
+        if summed and isinstance(out, Tensor):
             self._made_of[out] = out._version, summed
         if gated is not None:
             out = self._follow_gate(*gated, out)
         if name in _NORM_CALLS and self._norms and self._norms[-1] is not None:
             layer, self._norms[-1] = self._norms[-1], None
             return self._norm_output(layer, x, out, self._norm_scales.of(layer, func, args, kwargs))
-        if isinstance(out, (Tensor, tuple, list)) and not isinstance(out, torch.Size):
-            self._flow.propagate(func, args, kwargs, out)
-        else:  # a shape, a flag or a number: no gradient will come back this way
-            self._fresh = fresh
+        self._flow.propagate(func, args, kwargs, out)
         return out
 
     def _activation(
@@ -377,7 +369,7 @@ class Observer(TorchFunctionMode):
             if extended:
                 for span in spans:
                     self._close(span.layer)
-                terms = tuple(term.copied() if _share_memory(x, term.value) else term for term in terms)
+                terms = tuple(term.apart_from(storage_of(x)) for term in terms)
             self._save_from_overwriting(x, but=source if masked else None)
         out: Tensor = func(*args, **kwargs)
         self._samples.copy(x, out)
@@ -449,13 +441,7 @@ class Observer(TorchFunctionMode):
 
     # -- taps ------------------------------------------------------------------------------------------------
 
-    def _tap_output(
-        self,
-        name: str,
-        y: Tensor,
-        axis: int,
-        table: bool = False,
-    ) -> None:
+    def _tap_output(self, name: str, y: Tensor, axis: int, table: bool = False) -> None:
         assert self._pass is not None
         self.seen.add(name)
         self._open.add(name)
@@ -477,7 +463,7 @@ class Observer(TorchFunctionMode):
             tap.close()
 
     def _save_from_overwriting(self, x: Tensor, but: Tap | None = None) -> None:
-        here = x.untyped_storage().data_ptr()
+        here = storage_of(x)
         for ref in self._by_storage.pop(here, []):
             tap = ref()
             if tap is not None and tap is but:
@@ -498,15 +484,6 @@ class Observer(TorchFunctionMode):
             store[name] = store[name] + sums if name in store else sums
 
         return sink
-
-
-def _reads_attribute(name: str, func: Callable[..., Any]) -> bool:
-    """Whether a call is ``x.shape``, ``x.dtype`` and the like."""
-    return name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "T") not in _VIEWS
-
-
-def _share_memory(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _is_depthwise(module: nn.Module) -> bool:
