@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from .tensormap import TensorMap
 
 # fmt: off
 ACTIVATIONS = frozenset({
@@ -93,7 +94,7 @@ class ChannelFlow:
     """Labels of the tensors of one forward pass."""
 
     def __init__(self) -> None:
-        self._labels = WeakTensorKeyDictionary()
+        self._labels: TensorMap[Label] = TensorMap()
         self.crossed: set[frozenset[str]] = set()  # layers whose channels met along different axes
 
     def __getitem__(self, x: Any) -> Label | None:
@@ -104,7 +105,7 @@ class ChannelFlow:
         if label is not None:
             self._labels[x] = label
         else:
-            self._labels.pop(x, None)
+            self._labels.discard(x)
 
     def propagate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Label the result of ``func(*args, **kwargs)``."""

@@ -60,6 +60,7 @@ class GradientObservation:
         self._handles: list[RemovableHandle] = []
         self._ask_scale, self._scale = loss_scale, 1.0
         self._grads = Sums()  # of weights, since the last passes were counted
+        self._unneeded: set[str] | None = None  # what the estimator would not read, once it has seen a pass
         self._counted = 0
         self._kept: Tensor | None = None  # how many of them did not overflow, on the device
         self._observer = Observer(
@@ -187,8 +188,9 @@ class GradientObservation:
         return hook
 
     def _add(self, passes: list[Pass]) -> None:
-        if not self._observer.untapped:
-            self._observer.untapped = self._estimator.unneeded(self._records, passes[0])
+        if self._unneeded is None:
+            self._unneeded = self._estimator.unneeded(self._records, passes[0])
+            self._observer.untapped |= self._unneeded
         with torch.no_grad():
             if self._ask_scale is None:
                 for done in passes:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ObservationError
 from .extension import Tap, Term, require_grad, storage_of
@@ -25,6 +24,7 @@ from .groups import CHANNEL_NORMS
 from .norms import NormScales
 from .passes import Pass, Site, difference, samples_of_call
 from .sampleaxis import SampleAxis
+from .tensormap import TensorMap
 
 _NORM_CALLS = {"batch_norm", "instance_norm", "group_norm"}
 _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "threshold_"}
@@ -33,6 +33,7 @@ _READS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_tran
 _PRODUCTS = {"mul", "mul_", "__imul__", "multiply", "multiply_"}
 _SUMS = {"add", "add_", "__iadd__"}
 _SCALINGS = {*_PRODUCTS, *_SUMS, "div", "div_", "__itruediv__", "true_divide", "divide"}
+_TAKES_INPLACE = ACTIVATIONS | {"dropout", "dropout2d"}
 _INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
 
 
@@ -82,8 +83,8 @@ class Observer(TorchFunctionMode):
         self._taps: dict[str, list[Tap]] = {}
         self._by_storage: dict[int, list[weakref.ref[Tap]]] = {}
         self._fresh: tuple[weakref.ref[Tensor], Tap] | None = None  # tap of the tensor that nobody has read yet
-        self._made_of = WeakTensorKeyDictionary()  # tensor -> (its version, the terms that it is the sum of)
-        self._gates = WeakTensorKeyDictionary()  # what came of an activation: (its site, its tap)
+        self._made_of: TensorMap[tuple[int, tuple[Term, ...]]] = TensorMap()  # its version, what it is a sum of
+        self._gates: TensorMap[tuple[int, Tap | None]] = TensorMap()  # what came of an activation: site, tap
         self._dirty: list[Pass] = []
         self._signature: tuple[object, ...] | None = None
         self.sites: tuple[Site, ...] = ()
@@ -185,13 +186,14 @@ class Observer(TorchFunctionMode):
         self._samples.start((args, kwargs))
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current = self._pass
+        current, read = self._pass, set(self._taps)
         self._end_forward()
         if current is None or output is None:
             return
         if self._signature is None:
             self._signature = current.signature
             self.sites, self.norm_of = tuple(current.sites), dict(current.norm_of)
+            self.untapped |= self.seen - read  # a norm or an activation stands for them, in each pass
         elif self._signature != current.signature:
             raise ObservationError(difference(self.sites, tuple(current.sites)))
         self.crossed |= self._flow.crossed
@@ -204,8 +206,8 @@ class Observer(TorchFunctionMode):
         self._taps = {}
         self._by_storage = {}
         self._fresh = None
-        self._made_of = WeakTensorKeyDictionary()
-        self._gates = WeakTensorKeyDictionary()
+        self._made_of = TensorMap()
+        self._gates = TensorMap()
 
     def _enter_layer(self, name: str, module: nn.Module) -> Callable[..., None]:
         is_norm = isinstance(module, CHANNEL_NORMS)
@@ -246,7 +248,7 @@ class Observer(TorchFunctionMode):
             self._register(Tap((Term(branch),), branch, axis, self._pass.batch, sink, name, True, samples=samples))
             return (branch, *args[1:])
 
-        return hook
+        return _unseen(hook)
 
     def _leave_layer(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -275,7 +277,7 @@ class Observer(TorchFunctionMode):
             self._tap_output(name, tapped, axis, table=isinstance(module, nn.Embedding))
             return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
-        return hook
+        return _unseen(hook)
 
     def _norm_output(self, name: str, x: Any, y: Tensor, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Tap the output of a channel norm; it stands for the layers whose channels run into it."""
@@ -296,8 +298,8 @@ class Observer(TorchFunctionMode):
 
     def _terms(self, x: Tensor) -> tuple[Term, ...]:
         """What ``x`` is the sum of, as far as autograd keeps it anyway; else ``x`` itself."""
-        version, terms = self._made_of.get(x, (None, ()))
-        return terms if version == x._version else (Term(x),)
+        made = self._made_of.get(x)
+        return made[1] if made is not None and made[0] == x._version else (Term(x),)
 
     def _summed(self, inplace: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Term, ...]:
         """The terms of a sum of two tensors, of which autograd keeps one at least; none if they will be gone."""
@@ -486,6 +488,16 @@ class Observer(TorchFunctionMode):
         return sink
 
 
+def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook``, whose own calls are not the model's: they need not pass through the mode, which takes time."""
+
+    def unseen(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return hook(*args)
+
+    return unseen
+
+
 def _is_depthwise(module: nn.Module) -> bool:
     if not isinstance(module, nn.modules.conv._ConvNd):
         return False
@@ -505,4 +517,4 @@ def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         return True
     if kwargs.get("inplace"):
         return True
-    return name in ACTIVATIONS | {"dropout", "dropout2d"} and any(a is True for a in args[1:])
+    return name in _TAKES_INPLACE and any(a is True for a in args[1:])

@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .flow import moved_axis
+from .tensormap import TensorMap
 
 _MOVES = frozenset({"transpose", "swapaxes", "swapdims", "permute", "unsqueeze", "stack", "view", "reshape"})
 
@@ -21,7 +21,7 @@ class SampleAxis:
     """The samples' axis of the tensors of one forward pass."""
 
     def __init__(self) -> None:
-        self._axes = WeakTensorKeyDictionary()
+        self._axes: TensorMap[int] = TensorMap()
 
     def of(self, x: Tensor, batch: int, table: bool = False) -> int | None:
         """The axis along which ``batch`` samples lie: 0 unless they were moved, as for ``(L, N, E)``.
@@ -29,7 +29,7 @@ class SampleAxis:
         ``None`` where all samples share ``x``: it does not come of the model's inputs, and it was looked up in a
         table or has one row. (Operations that cannot be seen may hide where x comes from: rows are then samples.)
         """
-        axis: int | None = self._axes.get(x)
+        axis = self._axes.get(x)
         if axis is None:
             return None if table or x.shape[0] == 1 else 0
         return axis if axis < x.dim() and x.shape[axis] % batch == 0 else 0
@@ -44,23 +44,23 @@ class SampleAxis:
 
     def copy(self, x: Tensor, out: Any) -> None:
         """Give ``out``, made of ``x``, the samples' axis of ``x``."""
-        if out is not x and isinstance(out, Tensor) and x in self._axes:
-            self._axes[out] = self._axes[x]
+        if out is not x and isinstance(out, Tensor) and (axis := self._axes.get(x)) is not None:
+            self._axes[out] = axis
 
     def follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note where the samples lie in the result of the function called ``name``."""
-        known: Tensor | None = None
+        known: tuple[Tensor, int] | None = None
         for given in (*args, *kwargs.values()):
             for x in given if isinstance(given, (tuple, list)) else (given,):
-                if isinstance(x, Tensor) and x in self._axes and (known is None or x.dim() > known.dim()):
-                    known = x
+                if isinstance(x, Tensor) and (found := self._axes.get(x)) is not None:
+                    known = (x, found) if known is None or x.dim() > known[0].dim() else known
         if known is None:
             return
-        axis: int = self._axes[known]
+        x, axis = known
         for part in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(part, Tensor):
                 moves = axis > 0 or name in _MOVES
-                self._axes[part] = _carry(name, known, axis, args, kwargs, part) if moves else 0
+                self._axes[part] = _carry(name, x, axis, args, kwargs, part) if moves else 0
 
 
 def _carry(name: str, x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> int:

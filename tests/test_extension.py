@@ -75,15 +75,29 @@ def test_closed_taps_are_silent():
 
 def test_rows_of_windows_are_summed_to_samples():
     g = torch.randn(6, 4, 5)
-    sums = sample_sums(g, torch.ones_like(g), axis=2, batch=2)
+    (sums,) = sample_sums(g, [torch.ones_like(g)], axis=2, batch=2)
     torch.testing.assert_close(sums, g.view(2, 3, 4, 5).sum((1, 2)))
     with pytest.raises(ObservationError, match="batch of 4"):
-        sample_sums(g, g, axis=2, batch=4)
+        sample_sums(g, [g], axis=2, batch=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["planes", "channels last", "small planes", "none"])
+def test_sums_over_planes_are_those_of_products(dtype, layout):
+    """The fused kernel, and what stands in for it where it does not apply, against products in float64."""
+    shape = {"small planes": (6, 5, 3, 3), "none": (6, 5, 0, 4)}.get(layout, (6, 5, 4, 7))
+    format_ = torch.channels_last if layout == "channels last" else torch.contiguous_format
+    g, x, z = (torch.randn(shape, dtype=dtype).to(memory_format=format_) for _ in range(3))
+    found = sample_sums(g, [x, None, z], axis=1, batch=3)
+    for sums, value in zip(found, (x.double(), torch.ones_like(x).double(), z.double()), strict=True):
+        expected = (g.double() * value).sum((2, 3)).view(3, 2, 5).sum(1)
+        torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
+        assert sums.dtype == dtype
 
 
 def test_half_precision_is_summed_in_float32():
     g = torch.full((1, 1, 300, 300), 1.0, dtype=torch.bfloat16)
-    assert sample_sums(g, g, 1, 1).item() == 90_000.0
+    assert sample_sums(g, [g], 1, 1)[0].item() == 90_000.0
 
 
 def test_require_grad_allows_in_place_and_views():
