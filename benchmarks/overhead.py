@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks import baselines
 from benchmarks.cells import environment
 from benchmarks.errors import UsageError
-from benchmarks.memory import counted_reads, peak_bytes, read_bandwidth, synchronize
+from benchmarks.memory import counted_reads, keep_freed_memory, peak_bytes, read_bandwidth, synchronize
 from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
 from benchmarks.prune import build_pruner
 from benchmarks.scores import prunable_groups
@@ -165,7 +165,8 @@ def run(config: OverheadConfig) -> None:
     if config.clock not in CLOCKS or (config.clock == "cpu" and torch.device(config.device).type != "cpu"):
         raise UsageError(f"--clock {config.clock!r}; choose wall, or cpu for --device cpu")
     report = scaling if config.scaling else scoring if config.scoring else comparison
-    print(_conditions(config) + "\n", flush=True)
+    kept = keep_freed_memory()
+    print(f"{_conditions(config)}, freed memory {'kept' if kept else 'given back'}\n", flush=True)
     for part in report(config):
         print(part + "\n", flush=True)
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -110,3 +114,22 @@ def test_scaling_counts_batches(capsys):
     assert main(["overhead", *FLAGS, "--scaling"]) == 0
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| resnet20")]
     assert [row[3].strip() for row in rows] == ["1", "2", "4"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no mallopt")
+def test_freed_memory_is_kept():
+    """A block that was freed is not fetched from the system again: no page faults. In a process of its own."""
+    code = """
+import resource, torch
+from benchmarks.memory import keep_freed_memory
+assert keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(4 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 1000  # 5 times 16 MiB are 20480 pages
