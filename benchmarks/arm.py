@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from benchmarks.schedule import prune_front_to_back
 from benchmarks.scores import FrozenScores, freeze
 from benchmarks.search import Found, find_ratio
 from benchmarks.tasks import Batch, Task
+from benchmarks.widths import Prediction, minimise
 from ippro_tp import Compensation
 
 
@@ -41,6 +43,7 @@ class Settings:
     block_epochs: int = 0
     from_scratch: bool = False
     bn_augmented: bool = False
+    width_tries: int = 0
 
 
 @dataclass
@@ -64,6 +67,7 @@ class ArmRunner:
     _batches: dict[int, list[Batch]] = field(default_factory=dict)
     _scores: dict[tuple, tuple[FrozenScores, dict[str, float]]] = field(default_factory=dict)
     _memos: dict[tuple, dict[float, float]] = field(default_factory=dict)
+    _measured: dict[tuple, FrozenScores] = field(default_factory=dict)
     _plans: dict[tuple, Plan] = field(default_factory=dict)
     _compensations: dict[int, Compensation] = field(default_factory=dict)
 
@@ -81,6 +85,7 @@ class ArmRunner:
     def forget(self) -> None:
         """Drop scores and plans of the arm that was run last; calibration images and local MACs stay."""
         self._scores.clear()
+        self._measured.clear()
         self._plans.clear()
         self._memos = {key: memo for key, memo in self._memos.items() if key[0] == "local"}
 
@@ -128,15 +133,16 @@ class ArmRunner:
 
     def _plan(self, cell: Cell, scores: FrozenScores) -> Plan:
         """Return the pruned network of ``cell``, made once for all seeds of a criterion without one."""
-        seed = cell.seed if find_criterion(cell.criterion).seeded else None
-        key = (cell.criterion, cell.cost, cell.scope, cell.target, seed)
+        seed = cell.seed if find_criterion(cell.criterion).seeded or cell.widths == "measured" else None
+        key = (cell.criterion, cell.cost, cell.scope, cell.widths, cell.target, seed)
         if key not in self._plans:
             begin = time.perf_counter()
             # Local widths do not depend on the scores, only on which groups have any.
             shared = ("local", scores.scored) if cell.scope == "local" else ("global", *key[:2], seed)
-            found, rounding, pruned = self._search(cell, scores, shared, stagger=False)
+            shared = (*key, "measured") if cell.widths == "measured" else shared
+            found, rounding, pruned = self._search(cell, scores, self._memo(shared, False), stagger=False)
             if not found.hit and cell.scope == "local":
-                retry = self._search(cell, scores, shared, stagger=True)
+                retry = self._search(cell, scores, self._memo(shared, True), stagger=True)
                 if retry[0].hit:
                     found, rounding, pruned = retry
             if pruned is None:
@@ -144,7 +150,10 @@ class ArmRunner:
             self._plans[key] = Plan(pruned, found, rounding, time.perf_counter() - begin)
         return self._plans[key]
 
-    def _search(self, cell: Cell, scores: FrozenScores, shared: tuple, stagger: bool):
+    def _memo(self, shared: tuple, stagger: bool) -> dict[float, float]:
+        return self._memos.setdefault((*shared, stagger), {})
+
+    def _search(self, cell: Cell, scores: FrozenScores, memo: dict[float, float], stagger: bool):
         tried: dict[float, Pruned] = {}
 
         def macs_at(ratio: float) -> float:
@@ -152,7 +161,6 @@ class ArmRunner:
             tried[ratio] = self._prune(scores, ratio, cell.scope, stagger)
             return tried[ratio].macs / self.base_size()[0]
 
-        memo = self._memos.setdefault((*shared, stagger), {})
         settings = self.settings
         found = find_ratio(macs_at, cell.target, memo, settings.tolerance, settings.prune.max_pruning_ratio)
         return found, "staggered" if stagger else "uniform", tried.get(found.ratio)
@@ -167,6 +175,36 @@ class ArmRunner:
     ) -> Pruned:
         task, how = self.task, self.settings.prune
         return prune(task.model, task.example, task.ignored, scores, ratio, scope, how, stagger, compensation)
+
+    def _with_measured_widths(self, cell: Cell, scores: FrozenScores) -> FrozenScores:
+        """Return ``scores`` with a factor for each group: those with which the pruned network predicts best."""
+        key = (cell.criterion, cell.cost, cell.target, cell.seed)
+        if key in self._measured:
+            return self._measured[key]
+        groups = sorted(scores.scored)
+        prediction = Prediction(copy.deepcopy(self.task.model), self.batches(cell.seed), self.settings.device)
+
+        def scaled(logs: torch.Tensor) -> FrozenScores:
+            return scores.divided_by(dict(zip(groups, (-logs).exp().tolist(), strict=True)), 1.0)
+
+        def distance(logs: torch.Tensor) -> tuple[float, float]:
+            found, _, pruned = self._search(cell, scaled(logs), {}, stagger=False)
+            if not found.hit:
+                return math.inf, found.macs
+            if pruned is None:
+                pruned = self._prune(scaled(logs), found.ratio, cell.scope, stagger=False)
+            return prediction.distance(pruned.model), found.macs
+
+        start, _ = distance(torch.zeros(len(groups)))
+        per_mac = start / (1 - cell.target) if math.isfinite(start) else 0.0
+
+        def value(logs: torch.Tensor) -> float:
+            far, macs = distance(logs)
+            return far + per_mac * (macs - cell.target)  # a network a little above the target is no better for it
+
+        logs = minimise(value, len(groups), self.settings.width_tries, cell.seed)
+        self._measured[key] = scaled(logs)
+        return self._measured[key]
 
     def _compensation(self, seed: int) -> Compensation:
         """Return second moments of the unpruned network over the calibration images of ``seed``."""
@@ -216,6 +254,9 @@ class ArmRunner:
     def _pruned(self, cell: Cell, seconds: dict[str, float]) -> dict:
         scores, spent = self.scores(cell.criterion, cell.cost, cell.seed)
         seconds |= spent
+        if cell.widths == "measured":
+            with _timed(seconds, "widths"):
+                scores = self._with_measured_widths(cell, scores)
         plan = self._plan(cell, scores)
         seconds["pruning"] = plan.seconds
         if cell.schedule != "once" and plan.found.hit:

@@ -19,11 +19,13 @@ from benchmarks.errors import UsageError
 
 UNPRUNED = "unpruned"
 """Name of the arm that prunes nothing."""
+OPTIONS = {"compensation": "none", "schedule": "once", "widths": "scores"}
+"""Fields that are named only where they are not the default: cells from before they came are the same."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is varied: arm, cost term, scope, MACs target, seed, compensation and schedule."""
+    """What is varied: arm, cost term, scope, MACs target, seed, compensation, schedule and widths."""
 
     criterion: str
     cost: str
@@ -32,20 +34,21 @@ class Cell:
     seed: int
     compensation: str = "none"
     schedule: str = "once"
+    widths: str = "scores"
 
     @property
     def varied(self) -> dict:
-        """The fields that name this cell in its JSON; the last two only where they are not the default."""
-        fields = dataclasses.asdict(self)
-        for name, default in (("compensation", "none"), ("schedule", "once")):
-            if fields[name] == default:
-                del fields[name]
-        return fields
+        """The fields that name this cell in its JSON."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if OPTIONS.get(name) != value}
+
+    @property
+    def _chosen(self) -> list[str]:
+        return [value for name in OPTIONS if (value := getattr(self, name)) != OPTIONS[name]]
 
     def path(self, out: Path, task: str, model: str) -> Path:
         """Return the JSON file of this cell under ``out``."""
-        options = [x for x in (self.cost, self.compensation, self.schedule) if x not in ("none", "once")]
-        arm = "+".join([self.criterion, *options])
+        cost = [self.cost] if self.cost != "none" else []
+        arm = "+".join([self.criterion, *cost, *self._chosen])
         model = model.replace("/", "_")
         return out / "cells" / f"{task}-{model}" / f"{arm}__{self.scope}__{self.target:g}__seed{self.seed}.json"
 
@@ -53,7 +56,7 @@ class Cell:
     def label(self) -> str:
         """Short description for progress bars and error lists."""
         text = f"{self.criterion} cost={self.cost} {self.scope} {self.target:g} seed {self.seed}"
-        return " ".join([text, *(x for x in (self.compensation, self.schedule) if x not in ("none", "once"))])
+        return " ".join([text, *self._chosen])
 
 
 def write_json(path: Path, record: dict) -> None:

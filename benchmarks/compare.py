@@ -48,6 +48,11 @@ class CompareConfig(TaskConfig):
     """front: the same widths, but group by group, front to back, with a new calibration for each."""
     block_epochs: int = 0
     """Epochs of fine-tuning after each group of ``--schedule front``."""
+    widths: tuple[Literal["scores", "measured"], ...] = ("scores",)
+    """measured: search for a factor of each group's scores, so that the pruned network predicts what the unpruned
+    one does on the calibration images (global scope only)."""
+    width_tries: int = 60
+    """Networks that are pruned and tried for ``--widths measured``."""
     calibration_images: int = 0
     """Training images for calibration and BatchNorm re-estimation; 0 for the task's default."""
     test_images: int = 0
@@ -105,6 +110,7 @@ def _settings(config: CompareConfig) -> Settings:
         block_epochs=config.block_epochs,
         from_scratch=config.from_scratch,
         bn_augmented=config.bn_augmented,
+        width_tries=config.width_tries,
         device=config.device,
     )
 
@@ -120,11 +126,13 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
         for seed in seeds:
             for scope in config.scopes or defaults.scopes:
                 costs = (config.cost or defaults.costs) if scope == "global" else ("none",)
+                measured = config.widths if scope == "global" else ("scores",)
                 cells += [
-                    Cell(name, cost, scope, target, seed, compensation, schedule)
+                    Cell(name, cost, scope, target, seed, compensation, schedule, widths)
                     for cost in costs
                     for compensation in config.compensate
                     for schedule in config.schedule
+                    for widths in measured
                     for target in config.targets or defaults.targets
                 ]
     return cells
@@ -147,6 +155,8 @@ def _pending(config: CompareConfig, settings: Settings, task: Task, cells: list[
     jobs: dict[str, list] = {}
     for cell in cells:
         path, wanted = cell.path(config.out, task.name, task.model_name), common | cell.varied
+        if cell.widths == "scores":
+            del wanted["width_tries"]
         if not read_finished(path, wanted):
             jobs.setdefault(cell.criterion, []).append((path, wanted, cell))
     cheap = {name: name == UNPRUNED or not find_criterion(name).seeded for name in jobs}

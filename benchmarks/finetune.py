@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.tasks.base import Task
+if TYPE_CHECKING:  # the tasks import this module
+    from benchmarks.tasks.base import Task
 
 
 @dataclass(frozen=True)

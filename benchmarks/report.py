@@ -71,6 +71,7 @@ def _row(record: dict) -> dict:
     arm = config["criterion"] if config["cost"] == "none" else f"{config['criterion']} / {config['cost']}"
     arm += "" if config.get("compensation", "none") == "none" else " + compensation"
     arm += "" if config.get("schedule", "once") == "once" else ", front to back"
+    arm += "" if config.get("widths", "scores") == "scores" else ", widths measured"
     row = {"task": f"{config['task']} {config['model']}", "arm": arm}
     row |= {name: config[name] for name in ("criterion", "cost", "scope", "target", "seed")}
     row |= {"status": record["status"], "error": record.get("error", ""), "hit": hit}

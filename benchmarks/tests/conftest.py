@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.finetune import Recipe
 from benchmarks.models.small_resnet import SmallResNet
+from benchmarks.tasks import digits
 from benchmarks.tasks.base import Task, TensorImages
 
 
@@ -36,3 +38,21 @@ def small_task(small_net) -> Task:
     labels = torch.randint(0, 4, (60,), generator=generator)
     data = TensorImages(images, labels, (0.5,), (0.5,))
     return Task("toy", "net", small_net, data.batch(torch.tensor([0]))[0], data, data, 4, ignored=("fc",))
+
+
+@pytest.fixture
+def quick_digits(monkeypatch, tmp_path):
+    """The digits task with a network of one epoch."""
+    built = digits.build
+    monkeypatch.setattr(digits, "build", lambda config: built(config, Recipe(epochs=1, learning_rate=0.03)))
+    common = [
+        "compare",
+        "--task",
+        "digits",
+        "--out",
+        str(tmp_path / "out"),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    common += ["--workers", "1", "--calibration-images", "40", "--test-images", "60", "--scopes", "global"]
+    return [*common, "--targets", "0.6", "--seed", "0"]

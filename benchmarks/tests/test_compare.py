@@ -8,28 +8,9 @@ import torch
 from benchmarks import compare
 from benchmarks.__main__ import main
 from benchmarks.cells import write_json
-from benchmarks.finetune import Recipe, reinitialise
+from benchmarks.finetune import reinitialise
 from benchmarks.models.small_resnet import SmallResNet
 from benchmarks.report import read_cells
-from benchmarks.tasks import digits
-
-
-@pytest.fixture
-def quick_digits(monkeypatch, tmp_path):
-    """The digits task with a network of one epoch."""
-    built = digits.build
-    monkeypatch.setattr(digits, "build", lambda config: built(config, Recipe(epochs=1, learning_rate=0.03)))
-    common = [
-        "compare",
-        "--task",
-        "digits",
-        "--out",
-        str(tmp_path / "out"),
-        "--cache-dir",
-        str(tmp_path / "cache"),
-    ]
-    common += ["--workers", "1", "--calibration-images", "40", "--test-images", "60", "--scopes", "global"]
-    return [*common, "--targets", "0.6", "--seed", "0"]
 
 
 def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
