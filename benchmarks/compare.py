@@ -51,7 +51,7 @@ class CompareConfig(TaskConfig):
     widths: tuple[Literal["scores", "measured"], ...] = ("scores",)
     """measured: search for a factor of each group's scores, so that the pruned network predicts what the unpruned
     one does on the calibration images (global scope only)."""
-    width_tries: int = 60
+    width_tries: int = 120
     """Networks that are pruned and tried for ``--widths measured``."""
     calibration_images: int = 0
     """Training images for calibration and BatchNorm re-estimation; 0 for the task's default."""
