@@ -89,10 +89,10 @@ def sample_sums(
 
 
 def _in_planes(grad: Tensor, values: Sequence[Tensor | None]) -> bool:
-    """Whether :func:`_plane_sums` can be used, and is faster than products."""
+    """Whether :func:`_plane_sums` applies, is faster (not for small planes) and as exact (not for large ones)."""
     if grad.device.type != "cpu" or grad.dtype not in (torch.float32, torch.float64):
         return False
-    if math.prod(grad.shape[2:]) < 16 or grad.numel() == 0:
+    if not 16 <= math.prod(grad.shape[2:]) <= 65_536 or grad.numel() == 0:
         return False
     given = [value for value in values if value is not None]
     return bool(given) and all(x.is_contiguous() and x.dtype == grad.dtype for x in (grad, *given))

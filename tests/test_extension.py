@@ -95,6 +95,14 @@ def test_sums_over_planes_are_those_of_products(dtype, layout):
         assert sums.dtype == dtype
 
 
+@pytest.mark.parametrize("side", [256, 1024])
+def test_sums_over_large_planes_are_exact(side):
+    g = torch.rand(1, 2, side, side)
+    sums, total = sample_sums(g, [g + 1, None], axis=1, batch=1)
+    torch.testing.assert_close(sums.double(), (g.double() * (g + 1).double()).sum((2, 3)), rtol=2e-6, atol=0)
+    torch.testing.assert_close(total.double(), g.double().sum((2, 3)), rtol=2e-6, atol=0)
+
+
 def test_half_precision_is_summed_in_float32():
     g = torch.full((1, 1, 300, 300), 1.0, dtype=torch.bfloat16)
     assert sample_sums(g, [g], 1, 1)[0].item() == 90_000.0
