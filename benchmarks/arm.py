@@ -139,14 +139,12 @@ class ArmRunner:
             begin = time.perf_counter()
             # Local widths do not depend on the scores, only on which groups have any.
             shared = ("local", scores.scored) if cell.scope == "local" else ("global", *key[:2], seed)
-            shared = (*key, "measured") if cell.widths == "measured" else shared
+            shared = key if cell.widths == "measured" else shared
             found, rounding, pruned = self._search(cell, scores, self._memo(shared, False), stagger=False)
             if not found.hit and cell.scope == "local":
                 retry = self._search(cell, scores, self._memo(shared, True), stagger=True)
                 if retry[0].hit:
                     found, rounding, pruned = retry
-            if pruned is None:
-                pruned = self._prune(scores, found.ratio, cell.scope, rounding == "staggered")
             self._plans[key] = Plan(pruned, found, rounding, time.perf_counter() - begin)
         return self._plans[key]
 
@@ -163,7 +161,8 @@ class ArmRunner:
 
         settings = self.settings
         found = find_ratio(macs_at, cell.target, memo, settings.tolerance, settings.prune.max_pruning_ratio)
-        return found, "staggered" if stagger else "uniform", tried.get(found.ratio)
+        pruned = tried.get(found.ratio) or self._prune(scores, found.ratio, cell.scope, stagger)
+        return found, "staggered" if stagger else "uniform", pruned
 
     def _prune(
         self,
@@ -189,11 +188,7 @@ class ArmRunner:
 
         def distance(logs: torch.Tensor) -> tuple[float, float]:
             found, _, pruned = self._search(cell, scaled(logs), {}, stagger=False)
-            if not found.hit:
-                return math.inf, found.macs
-            if pruned is None:
-                pruned = self._prune(scaled(logs), found.ratio, cell.scope, stagger=False)
-            return prediction.distance(pruned.model), found.macs
+            return prediction.distance(pruned.model) if found.hit else math.inf, found.macs
 
         start, _ = distance(torch.zeros(len(groups)))
         per_mac = start / (1 - cell.target) if math.isfinite(start) else 0.0
