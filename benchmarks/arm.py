@@ -103,13 +103,17 @@ class ArmRunner:
             )
         return self._batches[seed]
 
-    def scores(self, name: str, cost: str, seed: int) -> tuple[FrozenScores, dict[str, float]]:
+    def scores(
+        self, name: str, cost: str, seed: int, depletion: str = "none"
+    ) -> tuple[FrozenScores, dict[str, float]]:
         """Return the frozen scores of the criterion ``name`` and the seconds they took."""
         arm = find_criterion(name)
         key = (name, seed if arm.seeded else None)
         if key not in self._scores:
             self._scores[key] = self._score(name, seed)
         scores, seconds = self._scores[key]
+        if depletion == "log":
+            scores = scores.depleted(arm.degree)
         if cost == "none":
             return scores, seconds
         exponent = self.settings.cost_exponent
@@ -134,11 +138,12 @@ class ArmRunner:
     def _plan(self, cell: Cell, scores: FrozenScores) -> Plan:
         """Return the pruned network of ``cell``, made once for all seeds of a criterion without one."""
         seed = cell.seed if find_criterion(cell.criterion).seeded or cell.widths == "measured" else None
-        key = (cell.criterion, cell.cost, cell.scope, cell.widths, cell.target, seed)
+        arm = (cell.criterion, cell.cost, cell.depletion)
+        key = (*arm, cell.scope, cell.widths, cell.target, seed)
         if key not in self._plans:
             begin = time.perf_counter()
             # Local widths do not depend on the scores, only on which groups have any.
-            shared = ("local", scores.scored) if cell.scope == "local" else ("global", *key[:2], seed)
+            shared = ("local", scores.scored) if cell.scope == "local" else ("global", *arm, seed)
             shared = key if cell.widths == "measured" else shared
             found, rounding, pruned = self._search(cell, scores, self._memo(shared, False), stagger=False)
             if not found.hit and cell.scope == "local":
@@ -177,7 +182,7 @@ class ArmRunner:
 
     def _with_measured_widths(self, cell: Cell, scores: FrozenScores) -> FrozenScores:
         """Return ``scores`` with a factor for each group: those with which the pruned network predicts best."""
-        key = (cell.criterion, cell.cost, cell.target, cell.seed)
+        key = (cell.criterion, cell.cost, cell.depletion, cell.target, cell.seed)
         if key in self._measured:
             return self._measured[key]
         groups = sorted(scores.scored)
@@ -247,7 +252,7 @@ class ArmRunner:
         return Plan(pruned, plan.found, plan.rounding, plan.seconds)
 
     def _pruned(self, cell: Cell, seconds: dict[str, float]) -> dict:
-        scores, spent = self.scores(cell.criterion, cell.cost, cell.seed)
+        scores, spent = self.scores(cell.criterion, cell.cost, cell.seed, cell.depletion)
         seconds |= spent
         if cell.widths == "measured":
             with _timed(seconds, "widths"):

@@ -19,13 +19,13 @@ from benchmarks.errors import UsageError
 
 UNPRUNED = "unpruned"
 """Name of the arm that prunes nothing."""
-OPTIONS = {"compensation": "none", "schedule": "once", "widths": "scores"}
+OPTIONS = {"depletion": "none", "compensation": "none", "schedule": "once", "widths": "scores"}
 """Fields that are named only where they are not the default: cells from before they came are the same."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is varied: arm, cost term, scope, MACs target, seed, compensation, schedule and widths."""
+    """What is varied: arm, cost term, scope, MACs target, seed, and the options."""
 
     criterion: str
     cost: str
@@ -35,6 +35,7 @@ class Cell:
     compensation: str = "none"
     schedule: str = "once"
     widths: str = "scores"
+    depletion: str = "none"
 
     @property
     def varied(self) -> dict:

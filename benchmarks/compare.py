@@ -40,6 +40,9 @@ class CompareConfig(TaskConfig):
     """Short for a single --seeds."""
     cost: tuple[Literal["none", "macs", "params"], ...] = ()
     """Divide each group's scores by what its channels cost (global scope only: locally it changes nothing)."""
+    depletion: tuple[Literal["none", "log"], ...] = ()
+    """log: scores rise as their group is emptied (``ippro_tp.depletion``; global scope only, and not for scores
+    with a sign)."""
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
     compensate: tuple[Literal["none", "fold"], ...] = ("none",)
@@ -127,9 +130,12 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
             for scope in config.scopes or defaults.scopes:
                 costs = (config.cost or defaults.costs) if scope == "global" else ("none",)
                 measured = config.widths if scope == "global" else ("scores",)
+                ranked = scope == "global" and not find_criterion(name).signed
+                depletions = (config.depletion or defaults.depletions) if ranked else ("none",)
                 cells += [
-                    Cell(name, cost, scope, target, seed, compensation, schedule, widths)
+                    Cell(name, cost, scope, target, seed, compensation, schedule, widths, depletion)
                     for cost in costs
+                    for depletion in depletions
                     for compensation in config.compensate
                     for schedule in config.schedule
                     for widths in measured

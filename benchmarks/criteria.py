@@ -7,6 +7,7 @@ a family: the number in its place is passed as a fifth argument.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -35,12 +36,16 @@ class Criterion:
     """How scores grow with the loss increase's root: 1 for ``|t|``, 2 for ``t^2``; twice the cost exponent."""
     seeded: bool
     """Whether another calibration seed gives other scores."""
+    signed: bool = False
+    """Whether scores can be negative: they are no losses then, which could add up."""
 
 
 _REGISTRY: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, data: str = "none", degree: float = 1.0, seeded: bool | None = None):
+def criterion(
+    name: str, *, data: str = "none", degree: float = 1.0, seeded: bool | None = None, signed: bool = False
+):
     """Register the decorated function as the arm ``name``.
 
     Args:
@@ -48,10 +53,12 @@ def criterion(name: str, *, data: str = "none", degree: float = 1.0, seeded: boo
         data: ``"none"``, ``"forward"`` or ``"backward"``.
         degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
         seeded: Whether the scores depend on the seed; by default those that use data do.
+        signed: Whether scores can be negative.
     """
 
     def register(build):
-        _REGISTRY[name] = Criterion(name, build, data, degree, data != "none" if seeded is None else seeded)
+        changes = data != "none" if seeded is None else seeded
+        _REGISTRY[name] = Criterion(name, build, data, degree, changes, signed)
         return build
 
     return register
@@ -78,7 +85,7 @@ def find_criterion(name: str) -> Criterion:
                     build = functools.partial(found.build, value=float(match.group(1)))
                 except ValueError:
                     continue
-                return Criterion(name, build, found.data, found.degree, found.seeded)
+                return dataclasses.replace(found, name=name, build=build)
     raise UsageError(f"unknown criterion {name!r}; known: {', '.join(known_criteria())}")
 
 
@@ -194,14 +201,14 @@ def _ispasp(model, pruner, batches, seed):
     return importance
 
 
-@criterion("pro-paper-lam<value>", data="backward")
+@criterion("pro-paper-lam<value>", data="backward", signed=True)
 def _pro_paper(model, pruner, batches, seed, value):
     from ippro_tp import PROImportance
 
     return _calibrated(PROImportance(estimator="paper", step_size=value), pruner, batches)
 
 
-@criterion("pro-paper-norm-lam<value>", data="backward")
+@criterion("pro-paper-norm-lam<value>", data="backward", signed=True)
 def _pro_paper_norm(model, pruner, batches, seed, value):
     from ippro_tp import PROImportance
 

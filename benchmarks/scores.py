@@ -8,14 +8,16 @@ by the name of their root layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from ippro_tp.groups import groups_of
+from ippro_tp.depletion import depletion_factors
+from ippro_tp.groups import groups_of, read_group
+from ippro_tp.targets import units_of
 
 GroupKey = tuple[str, bool]
 """Name of a group's root layer, and whether the root prunes its outputs."""
@@ -42,11 +44,13 @@ class FrozenScores(tp.importance.Importance):
         source: Name of the criterion, for messages.
         live: The importance itself, where locally its scores depend on how many channels will go: it has
             ``bind(pruner)`` and is asked anew at every ratio.
+        units: For each group whose channels do not go one by one, the unit of each channel.
     """
 
     scores: dict[GroupKey, Tensor | None]
     source: str = "criterion"
     live: Any = None
+    units: dict[GroupKey, Tensor] = field(default_factory=dict)
 
     def __call__(self, group, **kwargs) -> Tensor | None:
         """Return the recorded scores of ``group``."""
@@ -67,7 +71,27 @@ class FrozenScores(tp.importance.Importance):
         """Return the scores of each group divided by ``(cost per channel / mean cost) ** exponent``."""
         mean = sum(costs.values()) / len(costs)
         scaled = {k: None if s is None else s / (costs[k] / mean) ** exponent for k, s in self.scores.items()}
-        return FrozenScores(scaled, self.source)
+        return FrozenScores(scaled, self.source, units=self.units)
+
+    def depleted(self, degree: float) -> FrozenScores:
+        """Return scores that rise as their group is emptied, as ``ippro_tp.depletion`` has it.
+
+        Args:
+            degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
+
+        Raises:
+            ArithmeticError: A score is negative.
+        """
+        scaled: dict[GroupKey, Tensor | None] = {}
+        for key, scores in self.scores.items():
+            if scores is not None and bool((scores < 0).any()):
+                raise ArithmeticError(
+                    f"{self.source}: scores of {key[0]!r} are negative: depletion is not for them"
+                )
+            scaled[key] = scores
+            if scores is not None:
+                scaled[key] = (scores * depletion_factors(scores, degree, self.units.get(key))).float()
+        return FrozenScores(scaled, self.source, units=self.units)
 
     def for_scope(self, scope: str) -> Any:
         """Return what a pruner of that scope should ask: this object, or the importance it was made from."""
@@ -86,6 +110,7 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
         ArithmeticError: A score is not finite, or there are fewer or more scores than channels.
     """
     scores: dict[GroupKey, Tensor | None] = {}
+    units: dict[GroupKey, Tensor] = {}
     for group in prunable_groups(pruner):
         key, channels = group_key(group), len(group[0].idxs)
         with torch.no_grad():
@@ -100,4 +125,7 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
                 bad = int((~result.isfinite()).sum())
                 raise ArithmeticError(f"{source}: {bad} of {channels} scores of {key[0]!r} are not finite")
         scores[key] = result
-    return FrozenScores(scores, source, importance if hasattr(importance, "bind") else None)
+        together = units_of(pruner, pruner.DG, read_group(group))
+        if together is not None:
+            units[key] = together
+    return FrozenScores(scores, source, importance if hasattr(importance, "bind") else None, units)

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .calibration import Calibrated, LossFn
 from .centered import CenteredEstimator
 from .cost import CostFn, group_cost, watch_positions
+from .depletion import depletion_factors
 from .errors import NEVER_CALLED, NotCalibratedError, ObservationError
 from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
 from .flow import Label, Span
@@ -25,7 +26,7 @@ from .passes import Pass, Site
 from .processes import rank, reducing
 from .report import GroupReport, Report
 from .statistics import Sums
-from .targets import raise_the_best, ranks_everything
+from .targets import raise_the_best, ranks_everything, units_of
 
 ESTIMATORS = ("expected", "paper")
 REDUCTIONS = ("joint", "mean", "sum", "max", "prod", "first")
@@ -228,6 +229,11 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             what costs much and matters little: ``"macs"``, ``"params"``, ``None``, or a callable ``(record, model)
             -> cost`` (a measured latency, say). ``"auto"``: ``"macs"`` for ``"expected"`` where the pruner that
             was calibrated ranks globally, else ``None``. Within a group it changes nothing.
+        depletion: ``"log"``: the loss of a group grows with the logarithm of what is left of it, so that channels
+            become dearer as their group is emptied (see :mod:`ippro_tp.depletion`); ``None``: each counts by
+            itself. ``"auto"``: ``"log"`` for ``"expected"`` from the origin, where the pruner that was calibrated
+            ranks globally and there is a ``cost``, the other half of that Lagrangian; else ``None``. Within a
+            group the order stays.
         cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
         power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared. ``None``: 1, and 2 for
             ``reference="mean"``, which has no other.
@@ -277,6 +283,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         cost_exponent: float | None = None,
         seed: int = 0,
         reference: str = "origin",
+        depletion: str | None = "auto",
     ) -> None:
         super().__init__()
         power = power if power is not None else 2 if reference == "mean" else 1
@@ -287,6 +294,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             ("power", power, (1, 2)),
             ("reference", reference, REFERENCES),
             ("cost", cost if not callable(cost) else None, ("auto", "macs", "params", None)),
+            ("depletion", depletion, ("auto", "log", None)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
@@ -297,11 +305,13 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
                 'reference="mean" goes with estimator="expected", group_reduction="joint" and power=2: the mean '
                 "is known after the last batch only, and squares alone can be put right then"
             )
+        if depletion == "log" and estimator != "expected":
+            raise ValueError('depletion="log" goes with estimator="expected": the scores of Eq. 4 have a sign')
         self.reference = reference
         self.estimator, self.step_size, self.target = estimator, float(step_size), target
         self.group_reduction, self.normalizer = group_reduction, normalizer
         self.power, self.seed = power, seed
-        self.cost = cost
+        self.cost, self.depletion = cost, depletion
         self.cost_exponent = power / 2 if cost_exponent is None else cost_exponent
         self._positions: dict[str, int] = {}
         self._unscored: dict[str, str] = {}
@@ -338,7 +348,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         if record.key in self._unscored:
             return None
         model: nn.Module = group._DG.model
-        scores = self._group_scores(record, model)
+        scores = self._ranked_scores(record, group._DG)
         device = next(iter(model.get_submodule(record.producers[0].name).parameters()), scores).device
         picked: Tensor = self._normalize(scores.to(device)[positions.to(device)], self.normalizer)
         picked = picked / self._relative_cost(record, model)
@@ -357,16 +367,33 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             self._cache[key] = (scores if record.tied is None else scores[record.tied.to(scores.device)]).float()
         return self._cache[key]
 
+    def _ranked_scores(self, record: GroupRecord, graph: Any) -> Tensor:
+        """Scores of a full group as a ranking over several groups needs them; the same within the group."""
+        scores = self._group_scores(record, graph.model)
+        how = self.depletion
+        if how == "auto":
+            whole = self.estimator == "expected" and self.reference == "origin"
+            how = "log" if whole and self._ranks_globally and self.cost is not None else None
+        if how is None:
+            return scores
+        units = units_of(self._pruner_of(graph), graph, record)
+        return (scores * depletion_factors(scores, self.power, units)).float()
+
+    def _pruner_of(self, graph: Any) -> Any | None:
+        """The pruner that was calibrated, if it is the one whose graph asks."""
+        pruner = self._pruner() if self._pruner is not None else None
+        return pruner if pruner is not None and pruner.DG is graph else None
+
     def _raised(self, graph: Any, model: nn.Module) -> dict[str, Tensor]:
         """Other scores for the groups that the pruner's present global step would leave whole."""
-        pruner = self._pruner() if self._pruner is not None else None
-        if pruner is None or pruner.DG is not graph or not ranks_everything(pruner):
+        pruner = self._pruner_of(graph)
+        if pruner is None or not ranks_everything(pruner):
             return {}
         if self._raised_at[0] != pruner.current_step:
             known = {key: r for key, r in self._records.items() if r.producers and key not in self._unscored}
             scores = {}
             for key, record in known.items():
-                plain = self._normalize(self._group_scores(record, model), self.normalizer).cpu()
+                plain = self._normalize(self._ranked_scores(record, graph), self.normalizer).cpu()
                 scores[key] = plain / self._relative_cost(record, model)
             self._raised_at = pruner.current_step, raise_the_best(pruner, known, scores)
         return self._raised_at[1]
@@ -402,7 +429,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     def report(self) -> Report:
         """Per group: producers, where sigma was found, score range, ties and dead channels.
 
-        Scores are shown as the estimator gives them, before ``normalizer`` and ``cost``.
+        Scores are shown as the estimator gives them, before ``depletion``, ``normalizer`` and ``cost``.
 
         Raises:
             NotCalibratedError: there are no statistics; or, for ``"paper"``, the calibrated model is gone.

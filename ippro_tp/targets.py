@@ -139,6 +139,27 @@ def channel_groups(record: GroupRecord, graph: Any) -> int:
     return max(parts)
 
 
+def units_of(pruner: Any | None, graph: Any, record: GroupRecord) -> Tensor | None:
+    """``(width,)`` int64, which channels of a full group get one rank; ``None`` where each has its own.
+
+    Channels at one place of each head or convolution group are one unit. Where a pruner ranks whole heads all are
+    one: what a head is worth is not for the ranking of its places to change.
+
+    Args:
+        pruner: the pruner that will ask, if it is known: heads and groups may be its user's.
+        graph: the dependency graph.
+        record: the group.
+    """
+    parts = channel_groups(record, graph)
+    if pruner is not None:
+        sides = ((record.producers, pruner.out_channel_groups), (record.consumers, pruner.in_channel_groups))
+        named = [(graph.model.get_submodule(layer.name), given) for layers, given in sides for layer in layers]
+        if pruner.prune_num_heads and any(module in pruner.num_heads for module, _ in named):
+            return torch.zeros(record.width, dtype=torch.long)
+        parts = max([1, *(given.get(module, 1) for module, given in named)])
+    return torch.arange(record.width) % (record.width // parts) if parts > 1 else None
+
+
 def _kept(pruner: Any, group: Any, units: int) -> int | None:
     """How many units the pruner's present step keeps, or else its next: ``None`` if neither removes any.
 

@@ -54,7 +54,7 @@ def test_auto_divides_only_where_layers_are_ranked_against_each_other():
     results = {}
     for scope in (False, True):
         for cost in ("auto", None, "macs"):
-            imp = PROImportance(cost=cost)
+            imp = PROImportance(cost=cost, depletion=None)
             pruner = case.pruner(model, imp, global_pruning=scope)
             imp.calibrate(pruner, [case.inputs(4, torch.float32)], progress=False)
             results[scope, cost] = [imp(group) for group in groups_of(pruner)]

@@ -60,6 +60,8 @@ class PruneRunConfig:
     """Any criterion of ``compare``: pro, l1, l2, taylor, ...; pro-mean is PRO for compensated networks."""
     cost: Literal["auto", "none", "macs", "params"] = "auto"
     """Divide scores by what a channel costs, in the global scope; auto: for PRO, in the unit of the target."""
+    depletion: Literal["auto", "none", "log"] = "auto"
+    """log: scores rise as their group is emptied, in the global scope; auto: for pro, where there is a cost."""
     scope: Literal["global", "local"] = "global"
     """global: one ranking over all layers; local: the same ratio in each layer."""
     steps: int = 1
@@ -134,6 +136,13 @@ class PruneRunConfig:
             return "none"
         return self.cost if self.cost != "auto" else "params" if self.params is not None else "macs"
 
+    @property
+    def depleted(self) -> bool:
+        """Whether scores rise as their group is emptied."""
+        if self.depletion == "auto":
+            return self.cost_unit != "none" and self.importance == "pro"
+        return self.depletion == "log" and self.scope == "global"
+
     def torch_device(self) -> torch.device:
         """The device that ``device`` means."""
         name = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,6 +202,8 @@ def check(config: PruneRunConfig) -> None:
     criterion = find_criterion(config.importance)
     if config.task == "segmentation" and criterion.data == "backward" and not config.importance.startswith("pro"):
         raise UsageError(f"--importance {config.importance} needs labels of whole images; not for segmentation")
+    if config.depletion == "log" and criterion.signed:
+        raise UsageError(f"--depletion log is not for --importance {config.importance}, whose scores have a sign")
     layer_ratios(config)
 
 

@@ -186,7 +186,7 @@ class Planner:
             )
 
     def scores(self, model: nn.Module) -> FrozenScores:
-        """Return the scores of the configured criterion, divided by the cost of channels if so configured."""
+        """Return the scores of the configured criterion, with depletion and cost term if so configured."""
         name = self.config.importance
         private = copy.deepcopy(model)
         pruner = self._pruner(private)
@@ -194,6 +194,8 @@ class Planner:
         scores = freeze(criterion.build(private, pruner, self.batches, self.config.seed), pruner, name)
         if not scores.scored:
             raise UsageError(f"{self.config.model} has no group of channels that could be pruned")
+        if self.config.depleted:
+            scores = scores.depleted(criterion.degree)
         unit = self.config.cost_unit
         if unit == "none":
             return scores

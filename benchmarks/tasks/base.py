@@ -52,6 +52,7 @@ class TaskDefaults:
     seeds: tuple[int, ...] = (0, 1, 2)
     test_images: int = 0
     costs: tuple[str, ...] = ("none",)
+    depletions: tuple[str, ...] = ("none",)
 
 
 class ImageSet(Protocol):

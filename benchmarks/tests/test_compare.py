@@ -15,7 +15,7 @@ from benchmarks.report import read_cells
 
 def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
     out = tmp_path / "out"
-    axes = ["--cost", "none", "--compensate", "none", "fold"]
+    axes = ["--cost", "none", "--depletion", "none", "--compensate", "none", "fold"]
     training = ["--finetune-epochs", "1", "--from-scratch"]
     assert main([*quick_digits, "--criteria", "random", "l1", *training, *axes]) == 0
     cells = read_cells(out)
@@ -56,10 +56,22 @@ def test_the_schedule_is_an_axis(quick_digits, tmp_path):
     assert cells[cells.arm != "unpruned"].macs_fraction.nunique() == 1
 
 
-def test_digits_ranks_globally_with_and_without_the_cost():
+def test_depletion_is_an_axis_of_scores_without_a_sign(quick_digits, tmp_path):
+    axes = ["--cost", "none", "--depletion", "none", "log"]
+    assert main([*quick_digits, "--criteria", "l2", "pro-paper-lam1", *axes]) == 0
+    cells = read_cells(tmp_path / "out")
+    assert sorted(cells.arm) == ["l2", "l2, depletion", "pro-paper-lam1", "unpruned"]
+    assert (cells.status == "ok").all()
+    kept = [json.loads(path.read_text())["widths"] for path in sorted((tmp_path / "out").glob("cells/*/l2*.json"))]
+    assert len(kept) == 2
+    assert kept[0] != kept[1]
+
+
+def test_digits_ranks_globally_with_and_without_cost_and_depletion():
     cells = compare._grid(compare.CompareConfig(), ("l1",))
     assert {cell.cost for cell in cells if cell.scope == "global"} == {"none", "macs"}
-    assert {cell.cost for cell in cells if cell.scope == "local"} == {"none"}
+    assert {cell.depletion for cell in cells if cell.scope == "global"} == {"none", "log"}
+    assert {(cell.cost, cell.depletion) for cell in cells if cell.scope == "local"} == {("none", "none")}
 
 
 def test_second_run_recomputes_nothing_and_changed_config_is_detected(quick_digits, tmp_path, monkeypatch, capsys):

@@ -44,6 +44,38 @@ def test_the_command_line_wins():
 
 
 @pytest.mark.parametrize(
+    ("flags", "unit", "depleted"),
+    [
+        ({"importance": "pro"}, "macs", True),
+        ({"importance": "pro", "cost": "none"}, "none", False),
+        ({"importance": "pro", "scope": "local"}, "none", False),
+        ({"importance": "pro", "depletion": "none"}, "macs", False),
+        ({}, "macs", False),
+        ({"depletion": "log"}, "macs", True),
+        ({"importance": "l2"}, "none", False),
+        ({"importance": "l2", "depletion": "log"}, "none", True),
+        ({"importance": "l2", "depletion": "log", "scope": "local"}, "none", False),
+    ],
+)
+def test_cost_and_depletion_that_are_meant(flags, unit, depleted):
+    config = PruneRunConfig(macs=0.5, **flags)
+    assert (config.cost_unit, config.depleted) == (unit, depleted)
+
+
+def test_depletion_of_scores_with_a_sign_is_refused():
+    config = PruneRunConfig(
+        model="resnet18",
+        pretrained=True,
+        data_dir=Path("."),
+        macs=0.5,
+        importance="pro-paper-lam1",
+        depletion="log",
+    )
+    with pytest.raises(UsageError, match="--depletion log is not for --importance pro-paper-lam1"):
+        check(config)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [("modell: x", "there is no flag 'modell'"), ("- a", "must map flags"), ("a: [", "is no YAML")],
 )

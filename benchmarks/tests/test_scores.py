@@ -7,8 +7,10 @@ import torch
 import torch_pruning as tp
 
 from benchmarks.cost import group_cost
+from benchmarks.criteria import find_criterion
 from benchmarks.prune import PruneConfig, build_pruner, prune, size, staggered_ratios
 from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
+from ippro_tp import PROImportance
 
 
 @pytest.fixture
@@ -68,6 +70,31 @@ def test_cost_term_changes_ranks_between_groups_only():
     divided = scores.divided_by({("a", True): 4.0, ("b", True): 1.0, ("c", True): 1.0}, 0.5).scores
     assert torch.allclose(divided["a", True] * 2, divided["b", True])
     assert divided["c", True] is None
+
+
+def test_cost_and_depletion_make_the_default_of_the_package(small_task):
+    batches = small_task.calibration(0, 64, 32)
+    model = copy.deepcopy(small_task.model)
+    imp = PROImportance(seed=0)
+    pruner = build_pruner(model, small_task.example, ("fc",), imp, scope="global")
+    imp.calibrate(pruner, batches, progress=False)
+    own = freeze(find_criterion("pro").build(model, pruner, batches, 0), pruner)
+    own = own.depleted(1).divided_by(group_cost(pruner, small_task.example), 0.5)
+    wanted = freeze(imp, pruner).scores
+    assert wanted.keys() == own.scores.keys()
+    for key, scores in own.scores.items():
+        torch.testing.assert_close(scores, wanted[key])
+
+
+def test_depletion_is_refused_where_scores_are_negative_and_counts_units():
+    key = ("a", True)
+    with pytest.raises(ArithmeticError, match="arm: scores of 'a' are negative"):
+        FrozenScores({key: torch.tensor([1.0, -2.0])}, "arm").depleted(1)
+    scores = FrozenScores({key: torch.tensor([1.0, 2.0, 3.0, 4.0]), ("b", True): None})
+    assert scores.depleted(2).scores[key].tolist() == pytest.approx([1.0, 20 / 9, 30 / 7, 10.0])
+    assert scores.depleted(2).scores["b", True] is None
+    tied = FrozenScores(scores.scores, units={key: torch.tensor([0, 1, 0, 1])})
+    assert tied.depleted(2).scores[key].tolist() == pytest.approx([1.0, 10 / 3, 3.0, 20 / 3])
 
 
 def test_staggered_ratios_hold_the_mean_and_are_exact_in_channels(small_task, pruner):

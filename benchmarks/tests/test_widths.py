@@ -57,7 +57,7 @@ def test_distance_is_the_divergence_after_reestimation():
 
 def test_measured_widths_are_an_axis(quick_digits, tmp_path):
     out = tmp_path / "out"
-    axes = ["--criteria", "l1", "--cost", "none", "--width-tries", "2"]
+    axes = ["--criteria", "l1", "--cost", "none", "--depletion", "none", "--width-tries", "2"]
     assert main([*quick_digits, *axes, "--widths", "scores", "measured", "--compensate", "none", "fold"]) == 0
     cells = read_cells(out)
     measured = ["l1 + compensation, widths measured", "l1, widths measured"]
