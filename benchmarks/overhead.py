@@ -174,8 +174,10 @@ def run(config: OverheadConfig) -> None:
 # -- subjects --------------------------------------------------------------------------------------------------
 
 
-def build_subject(name: str, config: OverheadConfig) -> Subject:
+def build_subject(name: str, config: OverheadConfig, scope: str = "local") -> Subject:
     """Return the network called ``name`` with random weights and images, and a pruner over all of its groups.
+
+    In the global ``scope`` scores are divided by costs and depleted, and take longest.
 
     Raises:
         UsageError: No such network.
@@ -193,7 +195,8 @@ def build_subject(name: str, config: OverheadConfig) -> Subject:
         batches.append((images.to(config.device, memory_format=form), labels.to(config.device)))
     last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
     example = torch.randn(1, 3, size, size, device=config.device)
-    return Subject(name, model, build_pruner(model, example, tuple(last), lambda group: None), batches, config)
+    pruner = build_pruner(model, example, tuple(last), lambda group: None, scope=scope)
+    return Subject(name, model, pruner, batches, config)
 
 
 def _build_model(name: str, size: int) -> tuple[nn.Module, int, int]:
@@ -382,10 +385,10 @@ def scaling(config: OverheadConfig):
 
 
 def scoring(config: OverheadConfig):
-    """Yield seconds to score all groups, after the same calibration: first call, and again."""
+    """Yield seconds to score all groups for a global ranking, after one calibration: first call, and again."""
     rows = []
     for name in config.models or SCORED:
-        subject = build_subject(name, replace(config, batches=1, image_size=config.image_size or 64))
+        subject = build_subject(name, replace(config, batches=1, image_size=config.image_size or 64), "global")
         groups = list(prunable_groups(subject.pruner))
         ours = {arm: _run(ARMS[arm], subject) for arm in ('PRO "paper"', "PRO (default)")}
         importances = {"TP Taylor": _run(ARMS["TP Taylor"], subject), **ours}
