@@ -1,6 +1,6 @@
 """Task ``digits``: scikit-learn's 1,797 handwritten digits and a small ResNet trained on the spot.
 
-Nothing is downloaded, and everything is done in about a minute on two cores: the default of ``make compare``.
+Nothing is downloaded, and everything is done in about two minutes on two cores: the default of ``make compare``.
 """
 
 from __future__ import annotations
