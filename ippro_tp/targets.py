@@ -150,8 +150,9 @@ def units_of(pruner: Any | None, graph: Any, record: GroupRecord) -> Tensor | No
         graph: the dependency graph.
         record: the group.
     """
-    parts = channel_groups(record, graph)
-    if pruner is not None:
+    if pruner is None:
+        parts = channel_groups(record, graph)
+    else:
         sides = ((record.producers, pruner.out_channel_groups), (record.consumers, pruner.in_channel_groups))
         named = [(graph.model.get_submodule(layer.name), given) for layers, given in sides for layer in layers]
         if pruner.prune_num_heads and any(module in pruner.num_heads for module, _ in named):
