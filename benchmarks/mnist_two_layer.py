@@ -26,6 +26,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.cells import as_dict, environment, write_json
 from benchmarks.errors import UsageError
 from benchmarks.prune import apply, build_pruner
+from benchmarks.tables import spread
 from ippro_tp import PROImportance, SpaSPImportance
 from ippro_tp import spasp_math as maths
 
@@ -244,10 +245,10 @@ def markdown(record: dict) -> str:
         f"epochs on {config['train_images'] or 'all'} images, fine-tuned for {config['finetune_epochs']}; "
         f"criteria see {config['calibration_images']} training images. Top-1 in per cent on "
         f"{config['test_images'] or 'all'} test images, before / after fine-tuning; mean (± standard deviation) "
-        f"over seeds {config['seeds']}. Unpruned: {_spread(dense)}.",
+        f"over seeds {config['seeds']}. Unpruned: {spread(dense)}.",
         _table(rows, config["keep"], lambda row: (row["before"], row["after"])),
         "Relative residual |V|² / |U|² on the calibration images, before fine-tuning:",
-        _table(rows, config["keep"], lambda row: (row["residual"],), digits=3),
+        _table(rows, config["keep"], lambda row: (row["residual"],), form="{:.3f}"),
         "Synthetic: the exponent of |V| against the size s, fitted to log |V| over log s, the R² of that line, "
         "and the exponent of the bound of Theorem 4 (1 - 1/p). More negative is faster.",
         tabulate(
@@ -260,17 +261,12 @@ def markdown(record: dict) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _table(rows: list[dict], sizes: list[int], values: Callable[[dict], tuple], digits: int = 1) -> str:
+def _table(rows: list[dict], sizes: list[int], values: Callable[[dict], tuple], form: str = "{:.1f}") -> str:
     body = []
     for arm in ARMS:
         row = [arm]
         for size in sizes:
             found = [values(r) for r in rows if r["arm"] == arm and r["keep"] == size]
-            row.append(" / ".join(_spread(column, digits) for column in zip(*found, strict=True)))
+            row.append(" / ".join(spread(column, form) for column in zip(*found, strict=True)))
         body.append(row)
     return tabulate(body, ["criterion", *(f"keep {size}" for size in sizes)], tablefmt="github")
-
-
-def _spread(values: list[float] | tuple[float, ...], digits: int = 1) -> str:
-    mean = f"{np.mean(values):.{digits}f}"
-    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean

@@ -1,4 +1,4 @@
-"""``report``: Markdown tables, a CSV and figures from the JSON files of ``compare``, and from nothing else."""
+"""``report``: Markdown tables, a CSV and figures from the JSON files of ``compare`` or ``prune``, nothing else."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tabulate import tabulate
 from benchmarks.cells import UNPRUNED
 from benchmarks.errors import UsageError
 from benchmarks.figures import PANELS, draw_curves
+from benchmarks.pipeline import runs
+from benchmarks.tables import github_table, spread
 
 PHASES = PANELS | {"bn": "BN re-estimated"}
 REFERENCE = "l1"
@@ -23,16 +25,22 @@ MISSED, FAILED, ABSENT = "missed", "failed", "·"
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Turn the results in a folder into ``report.md``, ``cells.csv`` and figures beside them."""
+    """Turn the results in a folder into ``report.md``, a CSV and, for ``compare``, figures beside them."""
 
     directory: tyro.conf.Positional[Path]
-    """The --out folder of ``compare``."""
+    """The --out folder of ``compare``, or the folder that holds those of several ``prune`` runs."""
     arms: tuple[str, ...] = ()
     """Show only these arms, as the tables name them ("pro / macs"); empty for all."""
 
 
 def run(config: ReportConfig) -> None:
     """Write the report into ``config.directory`` and print its tables."""
+    finished = runs.read_runs(config.directory)
+    if len(finished) and not config.arms:
+        finished.to_csv(config.directory / "runs.csv", index=False)
+        (config.directory / "report.md").write_text(runs.markdown(finished))
+        print(runs.markdown(finished))
+        return
     cells = _chosen(read_cells(config.directory), config.arms)
     cells.to_csv(config.directory / "cells.csv", index=False)
     figures = draw_curves(cells, config.directory)
@@ -98,10 +106,7 @@ def markdown(cells: pd.DataFrame) -> str:
         differences = paired_differences(part)
         if len(differences):
             parts.append(f"Paired differences from {REFERENCE}, in points of accuracy (same target, same seed)\n")
-            parts.append(
-                tabulate(differences, headers="keys", tablefmt="github", showindex=False, disable_numparse=True)
-                + "\n"
-            )
+            parts.append(github_table(differences) + "\n")
     missed = cells[(cells.status == "ok") & ~cells.hit]
     if len(missed):
         rows = missed[["task", "arm", "scope", "target", "seed", "macs_fraction"]]
@@ -122,7 +127,7 @@ def _phases(part: pd.DataFrame) -> list[str]:
 def _base_line(base: pd.DataFrame) -> str:
     if not len(base):
         return ""
-    values = ", ".join(f"{PHASES[phase]} {_spread(base[phase])}" for phase in _phases(base))
+    values = ", ".join(f"{PHASES[phase]} {spread(base[phase])}" for phase in _phases(base))
     return f"Unpruned: {values}.\n\n".replace("as pruned", "as it is")
 
 
@@ -146,14 +151,7 @@ def _entry(group: pd.DataFrame, phases: list[str]) -> str:
     notes = [f"{MISSED} {missed} of {len(group)}"] if missed else []
     notes += [f"{FAILED} {len(failed)} of {len(group)}"] if len(failed) else []
     # A mean over some of the seeds would compare another sample: all or none.
-    return ", ".join(notes) if notes else " / ".join(_spread(hits[phase]) for phase in phases)
-
-
-def _spread(values: pd.Series) -> str:
-    values = values.dropna()
-    if not len(values):
-        return ABSENT
-    return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+    return ", ".join(notes) if notes else " / ".join(spread(hits[phase]) for phase in phases)
 
 
 def _caption(part: pd.DataFrame) -> str:

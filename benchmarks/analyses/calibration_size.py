@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.analyses.accuracies import Accuracies
-from benchmarks.analyses.rows import AnalysisConfig, Rows, github_table, spread
+from benchmarks.analyses.rows import AnalysisConfig, Rows
 from benchmarks.analyses.scoring import Statistics, freeze_on, gather, importance_of, pool_size
 from benchmarks.cost import group_cost
 from benchmarks.errors import UsageError
 from benchmarks.figures import COLOURS, HIGHLIGHT
 from benchmarks.prune import build_pruner
+from benchmarks.tables import github_table, spread
 from benchmarks.tasks import Batch, Task, build_task, defaults_of
 from ippro_tp import PROImportance
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.analyses.accuracies import Accuracies
-from benchmarks.analyses.rows import AnalysisConfig, Rows, github_table, spread
+from benchmarks.analyses.rows import AnalysisConfig, Rows
 from benchmarks.analyses.scoring import (
     Statistics,
     arm_scores,
@@ -24,6 +24,7 @@ from benchmarks.analyses.scoring import (
 from benchmarks.criteria import find_criterion
 from benchmarks.figures import COLOURS, HIGHLIGHT
 from benchmarks.scores import FrozenScores
+from benchmarks.tables import github_table, spread
 from benchmarks.tasks import build_task, defaults_of
 
 PAPER = "paper"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.analyses.rows import AnalysisConfig, Rows, github_table
+from benchmarks.analyses.rows import AnalysisConfig, Rows
 from benchmarks.analyses.scoring import (
     Statistics,
     freeze_on,
@@ -26,6 +26,7 @@ from benchmarks.analyses.scoring import (
     statistics,
 )
 from benchmarks.figures import COLOURS
+from benchmarks.tables import github_table
 from benchmarks.tasks import build_task
 
 REFERENCE = 1.0

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.analyses.rescale import KINDS, output_difference, rescaled
-from benchmarks.analyses.rows import AnalysisConfig, Rows, github_table, spread
+from benchmarks.analyses.rows import AnalysisConfig, Rows
 from benchmarks.analyses.scoring import arm_scores, kept_channels
 from benchmarks.criteria import find_criterion
 from benchmarks.figures import HIGHLIGHT
 from benchmarks.prune import build_pruner
 from benchmarks.scores import FrozenScores, GroupKey, group_key, prunable_groups
+from benchmarks.tables import github_table, spread
 from benchmarks.tasks import Task, build_task, defaults_of
 from ippro_tp.groups import CHANNEL_NORMS, read_group
 

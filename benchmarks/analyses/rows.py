@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
-from tabulate import tabulate
 
 from benchmarks.cells import environment, read_finished, write_json
 from benchmarks.models.checkpoints import fingerprint
@@ -87,17 +86,3 @@ def save_png(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100, bbox_inches="tight")
     Image.open(drawn).convert("RGB").quantize(200).save(path, optimize=True)
-
-
-def github_table(frame: pd.DataFrame) -> str:
-    """Return ``frame`` as a Markdown table, the cells as they are."""
-    return tabulate(frame, headers="keys", tablefmt="github", showindex=False, disable_numparse=True)
-
-
-def spread(values: pd.Series, form: str = "{:.1f}") -> str:
-    """Return the mean of ``values``, with the standard deviation where there are several."""
-    values = values.dropna()
-    if not len(values):
-        return "·"
-    mean = form.format(values.mean())
-    return f"{mean} ± {form.format(values.std())}" if len(values) > 1 else mean

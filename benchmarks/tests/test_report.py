@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.cells import UNPRUNED, Cell, write_json
 from benchmarks.errors import UsageError
+from benchmarks.pipeline.runs import read_runs
 from benchmarks.report import ReportConfig, bootstrap_interval, markdown, paired_differences, read_cells, run
 
 BN = {"l1": 0.5, "pro": 0.7, "lamp": 0.6}
@@ -81,3 +82,26 @@ def test_arms_can_be_chosen(results):
     assert "lamp" not in text
     with pytest.raises(UsageError, match=r"'magic'.*'lamp'"):
         run(ReportConfig(results, arms=("magic",)))
+
+
+def test_prune_runs_side_by_side(tmp_path, capsys):
+    for name, importance, seed, tuned in (("a", "pro", 0, 0.8), ("b", "pro", 1, 0.7), ("c", "l1", 0, 0.6)):
+        plan = {"macs_fraction": 0.5, "params_fraction": 0.25}
+        quality = {"unpruned": 0.9, "pruned": 0.1, "finetuned": tuned}
+        result = {"title": "net, half", "importance": importance, "quality": quality, "compensation": []}
+        write_json(tmp_path / name / "config.json", {"identity": {"seed": seed, "train_epochs": 0}})
+        write_json(tmp_path / name / "results.json", result | {"plan": plan})
+    (tmp_path / "unfinished").mkdir()
+    run(ReportConfig(tmp_path))
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    assert rows[0] == ["importance", "runs", "MACs left (%)", "unpruned", "pruned", "fine-tuned"]
+    assert rows[2:] == [
+        ["l1", "1", "50.0", "90.0", "10.0", "60.0"],
+        ["pro", "2", "50.0 ± 0.0", "90.0 ± 0.0", "10.0 ± 0.0", "75.0 ± 7.1"],
+    ]
+    runs = read_runs(tmp_path)
+    assert list(runs.run) == ["a", "b", "c"]
+    assert runs.bn.isna().all()
+    assert (tmp_path / "runs.csv").exists()
