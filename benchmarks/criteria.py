@@ -18,6 +18,7 @@ import torch_pruning as tp
 from torch import nn
 
 from benchmarks import baselines
+from benchmarks.ablation import Ablation
 from benchmarks.errors import UsageError
 from benchmarks.tasks.base import Batch
 
@@ -149,6 +150,12 @@ def _hessian_fixed(model, pruner, batches, seed):
     importance = baselines.AccumulatedHessian()
     baselines.per_sample_hessian(importance, model, batches)
     return importance
+
+
+@criterion("ablation", data="forward")
+def _ablation(model, pruner, batches, seed):
+    """No criterion to use: a pass over the images for each channel."""
+    return Ablation(model, batches)
 
 
 @criterion("pro", data="backward")

@@ -11,9 +11,15 @@ LAYOUTS = {
 
 
 class CifarVGG(nn.Module):
-    """VGG-16 or -19 (Simonyan and Zisserman 2015): 3x3 convolutions, four poolings by two, a mean over 2x2."""
+    """VGG-16 or -19 (Simonyan and Zisserman 2015): 3x3 convolutions, four poolings by two, a mean over 2x2.
 
-    def __init__(self, depth: int, num_classes: int = 100) -> None:
+    Args:
+        depth: 16 or 19.
+        num_classes: Number of outputs.
+        width: Factor of all numbers of channels.
+    """
+
+    def __init__(self, depth: int, num_classes: int = 100, width: float = 1.0) -> None:
         super().__init__()
         if depth not in LAYOUTS:
             raise ValueError(f"no CIFAR VGG of depth {depth}; known depths: {', '.join(map(str, LAYOUTS))}")
@@ -23,12 +29,9 @@ class CifarVGG(nn.Module):
             if entry == "M":
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [
-                    nn.Conv2d(planes, entry, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(entry),
-                    nn.ReLU(True),
-                ]
-                planes = entry
+                out = round(entry * width)
+                layers += [nn.Conv2d(planes, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(True)]
+                planes = out
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(planes, num_classes)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,12 @@ from torch import Tensor, nn
 
 from benchmarks.errors import UsageError
 from benchmarks.models.checkpoints import load_checkpoint, read_state_dict
-from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
-from benchmarks.models.cifar_vgg import LAYOUTS, CifarVGG
+from benchmarks.models.cifar import NETWORKS, frozen_parameters
 from benchmarks.pipeline.config import PruneRunConfig
 from benchmarks.pipeline.seeds import seeded
 from benchmarks.tasks.imagefolder import IMAGENET, output_indices
 from ippro_tp import load_pruned
 from ippro_tp.losses import main_output
-
-CIFAR: dict[str, Callable[..., nn.Module]] = {
-    f"resnet{depth}": lambda num_classes=10, depth=depth: CifarResNet(depth, num_classes) for depth in DEPTHS
-} | {f"vgg{depth}": lambda num_classes=10, depth=depth: CifarVGG(depth, num_classes) for depth in LAYOUTS}
-"""The harness's own networks, each a function of ``num_classes``."""
 
 
 @dataclass
@@ -79,10 +72,8 @@ def build_network(config: PruneRunConfig, classes: list[str]) -> Network:
     example = torch.zeros(1, *data["input_size"])
     outputs, ignored = _classifiers(model, example)
     check_classes(config, classes, outputs)
-    frozen = getattr(model, "frozen_parameters", None)
-    fixed = tuple(n for n, _ in model.named_parameters() if frozen.search(n)) if frozen is not None else ()
     builder = (lambda: _build(source)) if config.library == "cifar" else None
-    return Network(model, source, builder, example, ignored, fixed, outputs, data)
+    return Network(model, source, builder, example, ignored, frozen_parameters(model), outputs, data)
 
 
 def load(folder: Path) -> nn.Module:
@@ -129,7 +120,7 @@ def _check_name(config: PruneRunConfig) -> None:
         known = name in torchvision.models.list_models(module=torchvision.models)
         choice = "see torchvision.models.list_models()"
     else:
-        known, choice = name in CIFAR, f"known: {', '.join(CIFAR)}"
+        known, choice = name in NETWORKS, f"known: {', '.join(NETWORKS)}"
     if not known:
         raise UsageError(f"--library {library} has no model {name!r} for {config.task}; {choice}")
 
@@ -141,7 +132,7 @@ def _build(source: dict) -> nn.Module:
     if library == "torchvision":
         extra = {"weights_backbone": None} if "aux_loss" in kwargs else {}
         return torchvision.models.get_model(name, weights=None, **extra, **kwargs)
-    return CIFAR[name](**kwargs)
+    return NETWORKS[name](**kwargs)
 
 
 def _weighted(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Module:
@@ -158,8 +149,7 @@ def _weighted(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Mo
     if head is not None and len(head) != len(classes):  # the checkpoint knows how many outputs it has
         source["kwargs"]["num_classes"] = len(head)
         model = _build(source)
-    frozen = getattr(model, "frozen_parameters", re.compile("$^"))
-    load_checkpoint(model, config.checkpoint, tuple(n for n, _ in model.named_parameters() if frozen.search(n)))
+    load_checkpoint(model, config.checkpoint, frozen_parameters(model))
     return model
 
 

@@ -1,4 +1,4 @@
-"""Task ``cifar10``: CIFAR ResNets on torchvision's data set or on a tree of image folders."""
+"""Task ``cifar10``: networks for 32x32 images on torchvision's data set or on a tree of image folders."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, ImageFolder
 from tqdm import tqdm
 
 from benchmarks.errors import UsageError
 from benchmarks.models.checkpoints import load_checkpoint
-from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
+from benchmarks.models.cifar import NETWORKS, frozen_parameters
 from benchmarks.tasks.base import Task, TaskConfig, TaskDefaults, TensorImages, flip_and_crop
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,25 +31,25 @@ DEFAULTS = TaskDefaults(
 
 
 def build(config: TaskConfig) -> Task:
-    """Return the task for ``--model resnet20|32|44|56`` with the weights in ``--checkpoint``."""
+    """Return the task for ``--model`` (resnet56 by default) with the weights in ``--checkpoint``."""
     name = config.model or "resnet56"
-    known = {f"resnet{depth}": depth for depth in DEPTHS}
-    if name not in known:
-        raise UsageError(f"unknown --model {name!r} for cifar10; known: {', '.join(known)}")
+    if name not in NETWORKS:
+        raise UsageError(f"unknown --model {name!r} for cifar10; known: {', '.join(NETWORKS)}")
     if config.checkpoint is None:
         raise UsageError("task cifar10 needs trained weights; give --checkpoint FILE.safetensors")
     if config.data_dir is None:
         raise UsageError(
             "task cifar10 needs --data-dir: torchvision's CIFAR-10 folder, or one with train/ and test/"
         )
-    model = CifarResNet(known[name])
-    frozen = tuple(n for n, _ in model.named_parameters() if CifarResNet.frozen_parameters.search(n))
+    model = NETWORKS[name](num_classes=10)
+    frozen = frozen_parameters(model)
+    classifier = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
     load_checkpoint(model, config.checkpoint, fixed=frozen)
     train, test = (cifar_images(config.data_dir, split, config.cache_dir) for split in ("train", "test"))
     example = test.batch(torch.tensor([0]))[0]
     black = -torch.tensor(MEAN) / torch.tensor(STD)
     augment = functools.partial(flip_and_crop, border=black)
-    return Task("cifar10", name, model, example, train, test, 10, ("linear",), frozen, augment)
+    return Task("cifar10", name, model, example, train, test, 10, (classifier,), frozen, augment)
 
 
 def cifar_images(data_dir: Path, split: str, cache_dir: Path) -> TensorImages:

@@ -8,6 +8,7 @@ import torch_pruning as tp
 from torch.nn import functional as F
 
 from benchmarks import baselines
+from benchmarks.ablation import Ablation
 from benchmarks.criteria import find_criterion, known_criteria
 from benchmarks.errors import UsageError
 from benchmarks.prune import build_pruner
@@ -82,6 +83,27 @@ def test_gate_taylor_is_the_derivative_of_a_gate(setting):
     (derivative,) = torch.autograd.grad(total, gate)
     hook.remove()
     assert torch.allclose(score, derivative.flatten().abs(), rtol=1e-3, atol=1e-6)
+
+
+def test_ablation_is_what_removing_a_channel_changes(setting):
+    model, pruner, batches = setting
+    importance = Ablation(model, batches)
+    images = torch.cat([images for images, _ in batches])
+    sizes = []
+    for group in list(prunable_groups(pruner)):
+        scores = importance(group)
+        for channel in (0, len(scores) - 1):
+            cut = copy.deepcopy(model)
+            name, _ = group_key(group)
+            example = images[:1]
+            graph = tp.DependencyGraph().build_dependency(cut, example)
+            graph.get_pruning_group(cut.get_submodule(name), tp.prune_conv_out_channels, [channel]).prune()
+            with torch.no_grad():
+                change = cut(images) - model(images)
+            expected = (change - change.mean(1, keepdim=True)).norm(dim=1).mean()
+            assert torch.isclose(scores[channel], expected, rtol=1e-4, atol=1e-6), (name, channel)
+            sizes.append(expected)
+    assert max(sizes) > 1e-3
 
 
 @pytest.mark.parametrize("name", [n for n in known_criteria() if not n.startswith("pro")])

@@ -5,9 +5,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from benchmarks.criteria import find_criterion
 from benchmarks.errors import UsageError
 from benchmarks.models.checkpoints import load_checkpoint, read_state_dict
+from benchmarks.models.cifar import NETWORKS
 from benchmarks.models.cifar_resnet import BasicBlock, CifarResNet, option_a_shortcut
+from benchmarks.prune import PruneConfig, prune, size
 
 
 @pytest.mark.parametrize(("in_planes", "planes"), [(16, 32), (32, 64), (5, 10)])
@@ -72,3 +75,16 @@ def test_a_file_that_is_no_state_dict_is_one_line(name, content, message, tmp_pa
     with pytest.raises(UsageError, match=message) as caught:
         read_state_dict(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "macs"), [("resnet20", 41e6), ("vgg19_quarter", 25e6), ("mobilenetv2", 94e6)])
+def test_networks_for_small_images(name, macs):
+    torch.manual_seed(0)
+    model, example = NETWORKS[name](num_classes=7).eval(), torch.randn(1, 3, 32, 32)
+    assert model(example).shape == (1, 7)
+    assert size(model, example)[0] == pytest.approx(macs, rel=0.05)
+    classifier = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)][-1]
+    importance = find_criterion("l2").build(model, None, [], 0)
+    pruned = prune(model, example, (classifier,), importance, 0.5, "local", PruneConfig())
+    assert pruned.macs < 0.5 * macs
+    assert pruned.widths[classifier] == 7
