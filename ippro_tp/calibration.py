@@ -320,12 +320,17 @@ class Calibrated(abc.ABC):
                 return record
         return None
 
-    def _check_weights(self, model: nn.Module, current: GroupRecord) -> None:
+    def _replaced(self, model: nn.Module, records: Iterable[GroupRecord]) -> str | None:
+        """A layer whose weight is another one than at calibration: pruning replaces weights."""
         if self._model is None or self._model() is not model:
-            return  # a copy of the model, or statistics loaded from a file: widths are all that can be compared
-        now = _weights_of(model, [current])
-        changed = next((n for n, w in now.items() if n in self._weights and self._weights[n]() is not w), None)
-        if changed is not None:
+            return (
+                None  # a copy of the model, or statistics loaded from a file: widths are all that can be compared
+            )
+        now = _weights_of(model, records)
+        return next((n for n, w in now.items() if n in self._weights and self._weights[n]() is not w), None)
+
+    def _check_weights(self, model: nn.Module, current: GroupRecord) -> None:
+        if (changed := self._replaced(model, [current])) is not None:
             raise StaleStatisticsError(
                 f"the weight of {changed!r} was replaced since calibration: the model has been pruned. Calibrate "
                 "again before the next step."

@@ -348,12 +348,11 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         if record.key in self._unscored:
             return None
         model: nn.Module = group._DG.model
-        scores = self._ranked_scores(record, group._DG)
-        device = next(iter(model.get_submodule(record.producers[0].name).parameters()), scores).device
-        picked: Tensor = self._normalize(scores.to(device)[positions.to(device)], self.normalizer)
-        picked = picked / self._relative_cost(record, model)
-        if (raised := self._raised(group._DG, model).get(record.key)) is not None:
-            picked = raised.to(device)[positions.to(device)]
+        picked = self._comparable(record, group._DG, positions)
+        if (raised := self._raised(group._DG).get(record.key)) is not None:
+            picked = raised[positions.to(raised.device)]
+        device = next(iter(model.get_submodule(record.producers[0].name).parameters()), picked).device
+        picked = picked.to(device)
         # A normaliser divides by zero where all scores of a group are zero; there, all are equally unimportant.
         return picked.float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
 
@@ -367,8 +366,14 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             self._cache[key] = (scores if record.tied is None else scores[record.tied.to(scores.device)]).float()
         return self._cache[key]
 
-    def _ranked_scores(self, record: GroupRecord, graph: Any) -> Tensor:
-        """Scores of a full group as a ranking over several groups needs them; the same within the group."""
+    def _comparable(self, record: GroupRecord, graph: Any, positions: Tensor | None = None) -> Tensor:
+        """What a ranking over several groups compares, of all channels of a group or some: the same order."""
+        scores = self._depleted(record, graph)
+        scores = scores if positions is None else scores[positions.to(scores.device)]
+        compared: Tensor = self._normalize(scores, self.normalizer)
+        return compared / self._relative_cost(record, graph.model)
+
+    def _depleted(self, record: GroupRecord, graph: Any) -> Tensor:
         scores = self._group_scores(record, graph.model)
         how = self.depletion
         if how == "auto":
@@ -384,17 +389,14 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         pruner = self._pruner() if self._pruner is not None else None
         return pruner if pruner is not None and pruner.DG is graph else None
 
-    def _raised(self, graph: Any, model: nn.Module) -> dict[str, Tensor]:
+    def _raised(self, graph: Any) -> dict[str, Tensor]:
         """Other scores for the groups that the pruner's present global step would leave whole."""
         pruner = self._pruner_of(graph)
         if pruner is None or not ranks_everything(pruner):
             return {}
         if self._raised_at[0] != pruner.current_step:
             known = {key: r for key, r in self._records.items() if r.producers and key not in self._unscored}
-            scores = {}
-            for key, record in known.items():
-                plain = self._normalize(self._ranked_scores(record, graph), self.normalizer).cpu()
-                scores[key] = plain / self._relative_cost(record, model)
+            scores = {key: self._comparable(record, graph).cpu() for key, record in known.items()}
             self._raised_at = pruner.current_step, raise_the_best(pruner, known, scores)
         return self._raised_at[1]
 
@@ -429,7 +431,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     def report(self) -> Report:
         """Per group: producers, where sigma was found, score range, ties and dead channels.
 
-        Scores are shown as the estimator gives them, before ``depletion``, ``normalizer`` and ``cost``.
+        ``low``, ``median`` and ``high`` are as the estimator gives them; ``ranked_low`` and ``ranked_high`` are
+        what a ranking over groups compares, after ``depletion``, ``normalizer`` and ``cost``. These two and the
+        cost are told as long as the pruner that was calibrated exists, and its model is unpruned.
 
         Raises:
             NotCalibratedError: there are no statistics; or, for ``"paper"``, the calibrated model is gone.
@@ -440,6 +444,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         if model is None and self.estimator == "paper":
             raise NotCalibratedError("the calibrated model is gone; Eq. 4 needs its weights to give a report.")
         estimator = self._make_estimator("mean")
+        pruner = self._pruner() if self._pruner is not None else None
+        if pruner is not None and self._replaced(pruner.model, self._records.values()):
+            pruner = None
         rows = []
         for record in self._records.values():
             scores = self._group_scores(record, model if model is not None else nn.Module())
@@ -448,7 +455,10 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             unseen = tuple(p.name for p in record.producers if p.name not in self._wiring.seen)
             why = self._unscored.get(record.key)
             notes = (f"not scored: {why}",) if why is not None else ()
-            rows.append(GroupReport.of(record, scores, sites, unseen, notes))
+            ranked, cost = None, 1.0
+            if pruner is not None and record.producers and why is None:
+                ranked, cost = self._comparable(record, pruner.DG), self._relative_cost(record, pruner.model)
+            rows.append(GroupReport.of(record, scores, sites, unseen, notes, ranked, cost))
         return Report(tuple(rows))
 
     # -- calibration -------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ class GroupReport:
         ties: channels that share their score with another one.
         dead: channels with the lowest possible score: no sample's gradient moves them.
         notes: what deserves a look.
+        cost: what the scores are divided by to be compared with other groups', 1 for the mean group.
+        ranked_low, ranked_high: what is compared in a ranking over groups; ``None`` where it is not known.
     """
 
     root: str
@@ -35,6 +37,9 @@ class GroupReport:
     ties: int
     dead: int
     notes: tuple[str, ...] = ()
+    cost: float = 1.0
+    ranked_low: float | None = None
+    ranked_high: float | None = None
 
     @staticmethod
     def of(
@@ -43,8 +48,10 @@ class GroupReport:
         sites: Mapping[str, str | None],
         unseen: tuple[str, ...],
         notes: tuple[str, ...] = (),
+        ranked: Tensor | None = None,
+        cost: float = 1.0,
     ) -> GroupReport:
-        """Summarise ``(width,)`` scores of a record."""
+        """Summarise ``(width,)`` scores of a record, and what a ranking makes of them."""
         alone = scores if record.tied is None else scores[record.tied.unique().to(scores.device)]
         _, counts = alone.unique(return_counts=True)
         found = [*notes, *(f"index map left out: {problem}" for problem in record.problems)]
@@ -61,6 +68,9 @@ class GroupReport:
             ties=int(counts[counts > 1].sum()),
             dead=int((scores == 0).sum()) if scores.min() >= 0 else int((scores <= -1).sum()),
             notes=tuple(found),
+            cost=cost,
+            ranked_low=None if ranked is None else float(ranked.min()),
+            ranked_high=None if ranked is None else float(ranked.max()),
         )
 
     @property
@@ -82,14 +92,20 @@ class Report:
         return len(self.groups)
 
     def __str__(self) -> str:
-        header = f"{'group':40} {'ch':>5} {'low':>10} {'median':>10} {'high':>10} {'ties':>5} {'dead':>5}  sigma"
-        lines = [header, "-" * len(header)]
+        ranked = any(g.ranked_low is not None for g in self.groups)
+        header = f"{'group':40} {'ch':>5} {'low':>10} {'median':>10} {'high':>10} {'ties':>5} {'dead':>5}"
+        header += f" {'cost':>7} {'ranked':>10} {'to':>10}" if ranked else ""
+        lines = [header + "  sigma", "-" * (len(header) + 7)]
         for g in self.groups:
             named = ", ".join(f"{layer}: {site or 'identity'}" for layer, site in list(g.sites.items())[:3])
             more = f", +{len(g.sites) - 3} layers" if len(g.sites) > 3 else ""
             notes = f"  [{'; '.join(g.notes)}]" if g.notes else ""
-            lines.append(
-                f"{g.root:40} {g.channels:5d} {g.low:10.3g} {g.median:10.3g} {g.high:10.3g} {g.ties:5d} "
-                f"{g.dead:5d}  {named}{more}{notes}"
-            )
+            line = f"{g.root:40} {g.channels:5d} {g.low:10.3g} {g.median:10.3g} {g.high:10.3g}"
+            line += f" {g.ties:5d} {g.dead:5d}"
+            if ranked:
+                ends = (
+                    f"{'-' if end is None else format(end, '.3g'):>10}" for end in (g.ranked_low, g.ranked_high)
+                )
+                line += f" {g.cost:7.3g} {' '.join(ends)}"
+            lines.append(f"{line}  {named}{more}{notes}")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from ippro_tp import LogitNoise, NotCalibratedError, ObservationError, PROImportance, StaleStatisticsError
-from ippro_tp.groups import groups_of
+from ippro_tp.groups import group_key, groups_of
 
 from .nets import CASES, make_pruner
 
@@ -421,6 +421,28 @@ def test_the_report_names_sites_fallbacks_ties_and_dead_channels():
     assert stream.sites["project.1"] is None
     assert "identity" in str(report)
     assert hidden.root in str(report)
+
+
+def test_the_report_shows_what_a_global_ranking_compares():
+    case = CASES["residual"]
+    model = case.model(torch.float32)
+    imp = PROImportance()
+    pruner = case.pruner(model, imp, global_pruning=True)
+    imp.calibrate(pruner, [case.inputs(6, torch.float32)], progress=False)
+    scores = {group_key(group): imp(group) for group in groups_of(pruner)}
+    rows = list(imp.report())
+    for row in rows:
+        assert (row.ranked_low, row.ranked_high) == (float(scores[row.root].min()), float(scores[row.root].max()))
+        assert row.ranked_low == pytest.approx(row.low / row.cost)  # nothing is depleted before the first channel
+        assert row.ranked_high > row.high / row.cost
+    assert len({row.cost for row in rows}) > 1
+    assert "ranked" in str(imp.report())
+
+    pruner.step()
+    after = list(imp.report())
+    assert [row.low for row in after] == [row.low for row in rows]
+    assert {row.ranked_low for row in after} == {None}
+    assert "ranked" not in str(imp.report())
 
 
 def test_observation_errors_share_a_base_class():
