@@ -112,8 +112,8 @@ class ArmRunner:
         if key not in self._scores:
             self._scores[key] = self._score(name, seed)
         scores, seconds = self._scores[key]
-        if depletion == "log":
-            scores = scores.depleted(arm.degree)
+        if depletion != "none":
+            scores = scores.depleted(arm.degree, joint=depletion == "joint")
         if cost == "none":
             return scores, seconds
         exponent = self.settings.cost_exponent

@@ -40,9 +40,9 @@ class CompareConfig(TaskConfig):
     """Short for a single --seeds."""
     cost: tuple[Literal["none", "macs", "params"], ...] = ()
     """Divide each group's scores by what its channels cost (global scope only: locally it changes nothing)."""
-    depletion: tuple[Literal["none", "log"], ...] = ()
+    depletion: tuple[Literal["none", "log", "joint"], ...] = ()
     """log: scores rise as their group is emptied (``ippro_tp.depletion``; global scope only, and not for scores
-    with a sign)."""
+    with a sign). joint: by what the whole group loses as one point, for arms that know it."""
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
     compensate: tuple[Literal["none", "fold"], ...] = ("none",)
@@ -130,8 +130,10 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
             for scope in config.scopes or defaults.scopes:
                 costs = (config.cost or defaults.costs) if scope == "global" else ("none",)
                 measured = config.widths if scope == "global" else ("scores",)
-                ranked = scope == "global" and not find_criterion(name).signed
+                arm = find_criterion(name)
+                ranked = scope == "global" and not arm.signed
                 depletions = (config.depletion or defaults.depletions) if ranked else ("none",)
+                depletions = tuple(how for how in depletions if how != "joint" or arm.coherent)
                 cells += [
                     Cell(name, cost, scope, target, seed, compensation, schedule, widths, depletion)
                     for cost in costs

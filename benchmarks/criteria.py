@@ -39,13 +39,21 @@ class Criterion:
     """Whether another calibration seed gives other scores."""
     signed: bool = False
     """Whether scores can be negative: they are no losses then, which could add up."""
+    coherent: bool = False
+    """Whether it knows what a group loses as one point."""
 
 
 _REGISTRY: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, *, data: str = "none", degree: float = 1.0, seeded: bool | None = None, signed: bool = False
+    name: str,
+    *,
+    data: str = "none",
+    degree: float = 1.0,
+    seeded: bool | None = None,
+    signed: bool = False,
+    coherent: bool = False,
 ):
     """Register the decorated function as the arm ``name``.
 
@@ -55,11 +63,12 @@ def criterion(
         degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
         seeded: Whether the scores depend on the seed; by default those that use data do.
         signed: Whether scores can be negative.
+        coherent: Whether it knows what a group loses as one point.
     """
 
     def register(build):
         changes = data != "none" if seeded is None else seeded
-        _REGISTRY[name] = Criterion(name, build, data, degree, changes, signed)
+        _REGISTRY[name] = Criterion(name, build, data, degree, changes, signed, coherent)
         return build
 
     return register
@@ -158,7 +167,7 @@ def _ablation(model, pruner, batches, seed):
     return Ablation(model, batches)
 
 
-@criterion("pro", data="backward")
+@criterion("pro", data="backward", coherent=True)
 def _pro(model, pruner, batches, seed):
     from ippro_tp import PROImportance
 
@@ -166,7 +175,7 @@ def _pro(model, pruner, batches, seed):
     return _calibrated(PROImportance(seed=seed, cost=None), pruner, batches)
 
 
-@criterion("pro-labels", data="backward")
+@criterion("pro-labels", data="backward", coherent=True)
 def _pro_labels(model, pruner, batches, seed):
     """The default, but of the loss with the true labels."""
     from ippro_tp import PROImportance
@@ -174,7 +183,7 @@ def _pro_labels(model, pruner, batches, seed):
     return _calibrated(PROImportance(cost=None), pruner, batches, torch.nn.functional.cross_entropy)
 
 
-@criterion("pro-noise", data="backward")
+@criterion("pro-noise", data="backward", coherent=True)
 def _pro_noise(model, pruner, batches, seed):
     """The default, but of the logits dotted with white noise."""
     from ippro_tp import LogitNoise, PROImportance
@@ -182,7 +191,7 @@ def _pro_noise(model, pruner, batches, seed):
     return _calibrated(PROImportance(cost=None), pruner, batches, LogitNoise(seed))
 
 
-@criterion("pro-square", data="backward", degree=2)
+@criterion("pro-square", data="backward", degree=2, coherent=True)
 def _pro_square(model, pruner, batches, seed):
     """The mean square of the offset instead of its mean size."""
     from ippro_tp import PROImportance

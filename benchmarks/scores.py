@@ -15,6 +15,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
+from ippro_tp import PROImportance
 from ippro_tp.depletion import depletion_factors
 from ippro_tp.groups import groups_of, read_group
 from ippro_tp.targets import units_of
@@ -45,12 +46,14 @@ class FrozenScores(tp.importance.Importance):
         live: The importance itself, where locally its scores depend on how many channels will go: it has
             ``bind(pruner)`` and is asked anew at every ratio.
         units: For each group whose channels do not go one by one, the unit of each channel.
+        coherence: For each group what its channels lose together over what they lose singly; 1 where it is absent.
     """
 
     scores: dict[GroupKey, Tensor | None]
     source: str = "criterion"
     live: Any = None
     units: dict[GroupKey, Tensor] = field(default_factory=dict)
+    coherence: dict[GroupKey, float] = field(default_factory=dict)
 
     def __call__(self, group, **kwargs) -> Tensor | None:
         """Return the recorded scores of ``group``."""
@@ -73,11 +76,12 @@ class FrozenScores(tp.importance.Importance):
         scaled = {k: None if s is None else s / (costs[k] / mean) ** exponent for k, s in self.scores.items()}
         return FrozenScores(scaled, self.source, units=self.units)
 
-    def depleted(self, degree: float) -> FrozenScores:
+    def depleted(self, degree: float, joint: bool = False) -> FrozenScores:
         """Return scores that rise as their group is emptied, as ``ippro_tp.depletion`` has it.
 
         Args:
             degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
+            joint: Whether the end costs what the group loses as one point.
 
         Raises:
             ArithmeticError: A score is negative.
@@ -90,7 +94,8 @@ class FrozenScores(tp.importance.Importance):
                 )
             scaled[key] = scores
             if scores is not None:
-                scaled[key] = (scores * depletion_factors(scores, degree, self.units.get(key))).float()
+                coherence = self.coherence.get(key, 1.0) if joint else 1.0
+                scaled[key] = (scores * depletion_factors(scores, degree, self.units.get(key), coherence)).float()
         return FrozenScores(scaled, self.source, units=self.units)
 
     def for_scope(self, scope: str) -> Any:
@@ -111,6 +116,7 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
     """
     scores: dict[GroupKey, Tensor | None] = {}
     units: dict[GroupKey, Tensor] = {}
+    coherence: dict[GroupKey, float] = {}
     for group in prunable_groups(pruner):
         key, channels = group_key(group), len(group[0].idxs)
         with torch.no_grad():
@@ -128,4 +134,6 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
         together = units_of(pruner, pruner.DG, read_group(group))
         if together is not None:
             units[key] = together
-    return FrozenScores(scores, source, importance if hasattr(importance, "bind") else None, units)
+        if isinstance(importance, PROImportance):
+            coherence[key] = importance.coherence(group)
+    return FrozenScores(scores, source, importance if hasattr(importance, "bind") else None, units, coherence)

@@ -149,11 +149,20 @@ class ExpectedEstimator:
             layers = [layer for layer in record.producers if layer.name in done.outputs]
             parts = [self._gather(record, layer, done.outputs[layer.name]) for layer in layers]
             if self._joint and parts:
-                total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-                sums.add(record.key, self._size(total * scale))
+                total = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)) * scale
+                sums.add(record.key, self._size(total))
+                squares = total.sum(1).square(), total.square().sum(1)
+                sums.add(f"{record.key}#squares", torch.stack([s.sum(dtype=torch.float64) for s in squares]))
             elif parts:
                 for layer, part in zip(layers, parts, strict=True):
                     sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
+
+    def coherence(self, sums: Sums, record: GroupRecord) -> float:
+        """What the group's channels lose together over what they lose singly: E (sum t)^2 / sum E t^2."""
+        together, singly = (
+            sums[f"{record.key}#squares"].tolist() if f"{record.key}#squares" in sums else (1.0, 1.0)
+        )
+        return float(together / singly) if singly > 0 else 1.0
 
     def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
         """None: offsets are those at the producers."""

@@ -53,7 +53,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             -> cost`` (a measured latency, say). ``"auto"``: ``"macs"`` for ``"expected"`` where the pruner that
             was calibrated ranks globally, else ``None``. Within a group it changes nothing.
         depletion: ``"log"``: the loss of a group grows with the logarithm of what is left of it, so that channels
-            become dearer as their group is emptied (see :mod:`ippro_tp.depletion`); ``None``: each counts by
+            become dearer as their group is emptied (see :mod:`ippro_tp.depletion`); ``"joint"``: the same, but
+            the end costs what the whole group loses as one point, which keeps plain chains of layers alive
+            without BatchNorm re-estimation, and needs ``group_reduction="joint"``; ``None``: each counts by
             itself. ``"auto"``: ``"log"`` for ``"expected"`` from the origin, where the pruner that was calibrated
             ranks globally and there is a ``cost``, the other half of that Lagrangian; else ``None``. Within a
             group the order stays.
@@ -117,7 +119,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             ("power", power, (1, 2)),
             ("reference", reference, REFERENCES),
             ("cost", cost if not callable(cost) else None, ("auto", "macs", "params", None)),
-            ("depletion", depletion, ("auto", "log", None)),
+            ("depletion", depletion, ("auto", "log", "joint", None)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
@@ -128,8 +130,12 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
                 'reference="mean" goes with estimator="expected", group_reduction="joint" and power=2: the mean '
                 "is known after the last batch only, and squares alone can be put right then"
             )
-        if depletion == "log" and estimator != "expected":
-            raise ValueError('depletion="log" goes with estimator="expected": the scores of Eq. 4 have a sign')
+        if depletion in ("log", "joint") and estimator != "expected":
+            raise ValueError(
+                f'depletion="{depletion}" goes with estimator="expected": the scores of Eq. 4 have a sign'
+            )
+        if depletion == "joint" and (reference != "origin" or group_reduction != "joint"):
+            raise ValueError('depletion="joint" goes with reference="origin" and group_reduction="joint"')
         self.reference = reference
         self.estimator, self.step_size, self.target = estimator, float(step_size), target
         self.group_reduction, self.normalizer = group_reduction, normalizer
@@ -205,7 +211,24 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         if how is None:
             return scores
         units = units_of(self._pruner_of(graph), graph, record)
-        return (scores * depletion_factors(scores, self.power, units)).float()
+        coherence = self._coherence(record) if how == "joint" else 1.0
+        return (scores * depletion_factors(scores, self.power, units, coherence)).float()
+
+    def _coherence(self, record: GroupRecord) -> float:
+        estimator = self._make_estimator("mean")
+        assert self._sums is not None
+        return estimator.coherence(self._sums, record) if isinstance(estimator, ExpectedEstimator) else 1.0
+
+    def coherence(self, group: Any) -> float:
+        r"""What a group's channels lose together over what they lose singly, :math:`E(\sum t)^2 / \sum E t^2`.
+
+        1 where there is no such statistic: another estimator, reference or ``group_reduction`` than the default's.
+
+        Raises:
+            NotCalibratedError, StaleStatisticsError: as for scores.
+        """
+        found = self._lookup(group)
+        return 1.0 if found is None else self._coherence(found[0])
 
     def _pruner_of(self, graph: Any) -> Any | None:
         """The pruner that was calibrated, if it is the one whose graph asks."""

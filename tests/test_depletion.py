@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +81,60 @@ def test_scores_are_multiplied_in_a_global_ranking(name, power):
     assert changed
 
 
+@given(SCORES, st.sampled_from([1, 2]), st.floats(0, 50))
+def test_coherence_weighs_the_barrier_and_not_the_first_channel(scores, degree, coherence):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    plain = depletion_factors(scores, degree).pow(2 / degree)
+    weighed = depletion_factors(scores, degree, coherence=coherence).pow(2 / degree)
+    torch.testing.assert_close(weighed - 1, coherence * (plain - 1), rtol=1e-9, atol=1e-9)
+
+
+def joint_offset(model, record, x, labels, tapped, channels, eps=1e-5):
+    """d loss_n / d s of each sample with ``channels`` of a group scaled by 1 + s, by central differences."""
+    losses = []
+    for sign in (1, -1):
+        handles = []
+        for layer in tapped:
+            factor = torch.ones(layer.channels, dtype=x.dtype)
+            factor[layer.index[torch.isin(layer.root, channels)]] += sign * eps
+
+            def scale(module, args, output, factor=factor):
+                return output * factor.view(1, -1, *[1] * (output.dim() - 2))
+
+            handles.append(model.get_submodule(layer.name).register_forward_hook(scale))
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model(x), labels, reduction="none"))
+        for handle in handles:
+            handle.remove()
+    return (losses[0] - losses[1]) / (2 * eps)
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "depthwise"])
+def test_joint_depletion_ends_with_the_loss_of_the_whole_group(name):
+    case = CASES[name]
+    model, (x, labels) = case.model(), case.inputs()
+    plain, joint = PROImportance(depletion=None), PROImportance(depletion="joint")
+    pruner = case.pruner(model, joint, global_pruning=True)
+    for imp in (plain, joint):
+        imp.calibrate(pruner, [(x[:2], labels[:2]), (x[2:], labels[2:])], F.cross_entropy, progress=False)
+    seen = []
+    for group in groups_of(pruner):
+        record = read_group(group)
+        tapped = [layer for layer in record.producers if layer.name not in joint._wiring.norm_of]
+        together = joint_offset(model, record, x, labels, tapped, torch.arange(record.width)).square().mean()
+        each = [joint_offset(model, record, x, labels, tapped, torch.tensor([c])) for c in range(record.width)]
+        singly = sum(t.square().mean() for t in each)
+        assert joint.coherence(group) == pytest.approx(float(together / singly), rel=1e-3)
+        scores = plain(group)
+        factors = depletion_factors(scores, coherence=float(together / singly)).to(scores)
+        torch.testing.assert_close(joint(group), scores * factors, rtol=1e-3, atol=0)
+        seen.append(joint.coherence(group))
+    assert max(seen) > 1.1 or min(seen) < 0.9
+    copied = PROImportance(depletion="joint")
+    copied.load_state_dict(joint.state_dict())
+    assert [copied.coherence(group) for group in groups_of(pruner)] == seen
+
+
 def test_auto_is_for_global_rankings_with_a_cost():
     case = CASES["residual"]
     model = case.model(torch.float32)
@@ -99,10 +154,13 @@ def test_auto_is_for_global_rankings_with_a_cost():
 
 
 def test_options_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="depletion='lamp'; choose one of 'auto', 'log', None"):
+    with pytest.raises(ValueError, match="depletion='lamp'; choose one of 'auto', 'log', 'joint', None"):
         PROImportance(depletion="lamp")
     with pytest.raises(ValueError, match=r"scores of Eq\. 4 have a sign"):
         PROImportance(estimator="paper", depletion="log")
+    for settings in ({"reference": "mean"}, {"group_reduction": "sum"}):
+        with pytest.raises(ValueError, match='depletion="joint" goes with'):
+            PROImportance(depletion="joint", **settings)
 
 
 @pytest.mark.parametrize("heads", [False, True])
