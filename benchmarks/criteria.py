@@ -171,8 +171,7 @@ def _ablation(model, pruner, batches, seed):
 def _pro(model, pruner, batches, seed):
     from ippro_tp import PROImportance
 
-    # The cost of a channel is an axis of the harness, the same for all arms: not part of this one.
-    return _calibrated(PROImportance(seed=seed, cost=None), pruner, batches)
+    return _single(PROImportance(seed=seed, cost=None, depletion="joint"), pruner, batches)
 
 
 @criterion("pro-labels", data="backward", coherent=True)
@@ -180,7 +179,8 @@ def _pro_labels(model, pruner, batches, seed):
     """The default, but of the loss with the true labels."""
     from ippro_tp import PROImportance
 
-    return _calibrated(PROImportance(cost=None), pruner, batches, torch.nn.functional.cross_entropy)
+    importance = PROImportance(cost=None, depletion="joint")
+    return _single(importance, pruner, batches, torch.nn.functional.cross_entropy)
 
 
 @criterion("pro-noise", data="backward", coherent=True)
@@ -188,7 +188,7 @@ def _pro_noise(model, pruner, batches, seed):
     """The default, but of the logits dotted with white noise."""
     from ippro_tp import LogitNoise, PROImportance
 
-    return _calibrated(PROImportance(cost=None), pruner, batches, LogitNoise(seed))
+    return _single(PROImportance(cost=None, depletion="joint"), pruner, batches, LogitNoise(seed))
 
 
 @criterion("pro-square", data="backward", degree=2, coherent=True)
@@ -196,7 +196,7 @@ def _pro_square(model, pruner, batches, seed):
     """The mean square of the offset instead of its mean size."""
     from ippro_tp import PROImportance
 
-    return _calibrated(PROImportance(power=2, seed=seed, cost=None), pruner, batches)
+    return _single(PROImportance(power=2, seed=seed, cost=None, depletion="joint"), pruner, batches)
 
 
 @criterion("pro-mean", data="backward", degree=2)
@@ -229,6 +229,15 @@ def _pro_paper_norm(model, pruner, batches, seed, value):
     from ippro_tp import PROImportance
 
     return _calibrated(PROImportance(estimator="paper", step_size=value, target="norm"), pruner, batches)
+
+
+def _single(importance, pruner, batches, loss_fn=None):
+    """Calibrate PRO with what every depletion needs; its scores are then those of single channels.
+
+    Cost and depletion are axes of the harness, the same for all arms: not part of this one.
+    """
+    _calibrated(importance, pruner, batches, loss_fn).depletion = None
+    return importance
 
 
 def _calibrated(importance, pruner, batches, loss_fn=None):

@@ -134,6 +134,6 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
         together = units_of(pruner, pruner.DG, read_group(group))
         if together is not None:
             units[key] = together
-        if isinstance(importance, PROImportance):
-            coherence[key] = importance.coherence(group)
+        if isinstance(importance, PROImportance) and (known := importance.coherence(group)) is not None:
+            coherence[key] = known
     return FrozenScores(scores, source, importance if hasattr(importance, "bind") else None, units, coherence)

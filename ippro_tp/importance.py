@@ -212,23 +212,26 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             return scores
         units = units_of(self._pruner_of(graph), graph, record)
         coherence = self._coherence(record) if how == "joint" else 1.0
+        if coherence is None:
+            raise NotCalibratedError('depletion="joint" was chosen after calibration: calibrate again.')
         return (scores * depletion_factors(scores, self.power, units, coherence)).float()
 
-    def _coherence(self, record: GroupRecord) -> float:
-        estimator = self._make_estimator("mean")
+    def _coherence(self, record: GroupRecord) -> float | None:
         assert self._sums is not None
-        return estimator.coherence(self._sums, record) if isinstance(estimator, ExpectedEstimator) else 1.0
+        if self.depletion == "joint" and record.key not in self._sums:
+            return 1.0  # never called
+        return ExpectedEstimator.coherence(self._sums, record)
 
-    def coherence(self, group: Any) -> float:
+    def coherence(self, group: Any) -> float | None:
         r"""What a group's channels lose together over what they lose singly, :math:`E(\sum t)^2 / \sum E t^2`.
 
-        1 where there is no such statistic: another estimator, reference or ``group_reduction`` than the default's.
+        ``None`` where it was not gathered: that takes ``depletion="joint"`` before calibration.
 
         Raises:
             NotCalibratedError, StaleStatisticsError: as for scores.
         """
         found = self._lookup(group)
-        return 1.0 if found is None else self._coherence(found[0])
+        return None if found is None else self._coherence(found[0])
 
     def _pruner_of(self, graph: Any) -> Any | None:
         """The pruner that was calibrated, if it is the one whose graph asks."""
@@ -320,7 +323,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
         if self.reference == "mean":
             return CenteredEstimator(scale)
-        return ExpectedEstimator(self.power, self.group_reduction == "joint", scale)
+        return ExpectedEstimator(self.power, self.group_reduction == "joint", scale, self.depletion == "joint")
 
     def _observation(
         self,
@@ -361,10 +364,11 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         return cross_entropy if self.estimator == "paper" else FisherNoise(seed=self.seed + 1_000_003 * rank())
 
     def _settings(self) -> dict[str, Any]:
-        settings = {"class": type(self).__name__, "estimator": self.estimator}
+        settings: dict[str, Any] = {"class": type(self).__name__, "estimator": self.estimator}
         if self.estimator == "paper":
             return {**settings, "target": self.target}
         settings = {**settings, "reference": self.reference} if self.reference != "origin" else settings
+        settings = {**settings, "coherent": True} if self.depletion == "joint" else settings
         return {**settings, "power": self.power, "joint": self.group_reduction == "joint"}
 
     def _extra_state(self) -> dict[str, Any]:

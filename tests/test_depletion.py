@@ -9,7 +9,7 @@ import torch_pruning as tp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ippro_tp import PROImportance
+from ippro_tp import NotCalibratedError, PROImportance
 from ippro_tp.depletion import depletion_factors
 from ippro_tp.groups import groups_of, read_group
 
@@ -130,6 +130,10 @@ def test_joint_depletion_ends_with_the_loss_of_the_whole_group(name):
         torch.testing.assert_close(joint(group), scores * factors, rtol=1e-3, atol=0)
         seen.append(joint.coherence(group))
     assert max(seen) > 1.1 or min(seen) < 0.9
+    assert {plain.coherence(group) for group in groups_of(pruner)} == {None}
+    plain.depletion = "joint"
+    with pytest.raises(NotCalibratedError, match="chosen after calibration"):
+        plain(next(iter(groups_of(pruner))))
     copied = PROImportance(depletion="joint")
     copied.load_state_dict(joint.state_dict())
     assert [copied.coherence(group) for group in groups_of(pruner)] == seen
