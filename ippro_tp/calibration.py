@@ -323,9 +323,7 @@ class Calibrated(abc.ABC):
     def _replaced(self, model: nn.Module, records: Iterable[GroupRecord]) -> str | None:
         """A layer whose weight is another one than at calibration: pruning replaces weights."""
         if self._model is None or self._model() is not model:
-            return (
-                None  # a copy of the model, or statistics loaded from a file: widths are all that can be compared
-            )
+            return None  # a copy of the model, or statistics from a file: widths are all that can be compared
         now = _weights_of(model, records)
         return next((n for n, w in now.items() if n in self._weights and self._weights[n]() is not w), None)
 

@@ -286,6 +286,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
         Raises:
             NotCalibratedError: there are no statistics; or, for ``"paper"``, the calibrated model is gone.
+            ValueError: ``cost`` gives a group a cost that is not positive.
         """
         if self._sums is None:
             raise NotCalibratedError(self._how_to_calibrate())
