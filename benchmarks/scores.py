@@ -8,7 +8,7 @@ by the name of their root layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class FrozenScores(tp.importance.Importance):
         """Return the scores of each group divided by ``(cost per channel / mean cost) ** exponent``."""
         mean = sum(costs.values()) / len(costs)
         scaled = {k: None if s is None else s / (costs[k] / mean) ** exponent for k, s in self.scores.items()}
-        return FrozenScores(scaled, self.source, units=self.units)
+        return replace(self, scores=scaled, live=None)
 
     def depleted(self, degree: float, joint: bool = False) -> FrozenScores:
         """Return scores that rise as their group is emptied, as ``ippro_tp.depletion`` has it.
@@ -96,7 +96,7 @@ class FrozenScores(tp.importance.Importance):
             if scores is not None:
                 coherence = self.coherence.get(key, 1.0) if joint else 1.0
                 scaled[key] = (scores * depletion_factors(scores, degree, self.units.get(key), coherence)).float()
-        return FrozenScores(scaled, self.source, units=self.units)
+        return replace(self, scores=scaled, live=None)
 
     def for_scope(self, scope: str) -> Any:
         """Return what a pruner of that scope should ask: this object, or the importance it was made from."""
