@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
-from torchvision.models import MobileNetV2
+from torchvision.models import DenseNet, MobileNetV2
 
 from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
 from benchmarks.models.cifar_vgg import LAYOUTS, CifarVGG
@@ -30,11 +31,39 @@ def cifar_mobilenetv2(num_classes: int = 10) -> MobileNetV2:
     return model
 
 
+def half_mobilenetv2(num_classes: int = 10) -> MobileNetV2:
+    """Return torchvision's MobileNetV2 of half the width with the stem's stride alone set to one."""
+    model = MobileNetV2(num_classes, width_mult=0.5)
+    model.features[0][0].stride = (1, 1)
+    return model
+
+
+def quarter_resnetd(block: type[nn.Module], num_classes: int = 10) -> ResNet:
+    """Return timm's ResNet-18-D (BasicBlock) or -26-D (Bottleneck) of a quarter of the width, not pooled first."""
+    model = ResNet(
+        block, (2, 2, 2, 2), num_classes, stem_type="deep", stem_width=8, avg_down=True, channels=(16, 32, 64, 128)
+    )
+    model.maxpool = nn.Identity()
+    return model
+
+
+def densenet40(num_classes: int = 10) -> DenseNet:
+    """Return torchvision's DenseNet of 40 layers that each add 12 channels, without max-pooling."""
+    model = DenseNet(12, (6, 6, 6), 24, num_classes=num_classes)
+    model.features.conv0 = nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False)
+    model.features.pool0 = nn.Identity()
+    return model
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in DEPTHS},
     **{f"vgg{depth}": partial(CifarVGG, depth) for depth in LAYOUTS},
     "vgg19_quarter": partial(CifarVGG, 19, width=0.25),
     "mobilenetv2": cifar_mobilenetv2,
+    "mobilenetv2_half": half_mobilenetv2,
+    "resnet18d_quarter": partial(quarter_resnetd, BasicBlock),
+    "resnet26d_quarter": partial(quarter_resnetd, Bottleneck),
+    "densenet40": densenet40,
 }
 """Each a function of ``num_classes``; the last Linear layer is the classifier."""
 

@@ -77,7 +77,18 @@ def test_a_file_that_is_no_state_dict_is_one_line(name, content, message, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "macs"), [("resnet20", 41e6), ("vgg19_quarter", 25e6), ("mobilenetv2", 94e6)])
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    [
+        ("resnet20", 41e6),
+        ("vgg19_quarter", 25e6),
+        ("mobilenetv2", 94e6),
+        ("mobilenetv2_half", 8.7e6),
+        ("resnet18d_quarter", 9.3e6),
+        ("resnet26d_quarter", 12.3e6),
+        ("densenet40", 18.9e6),
+    ],
+)
 def test_networks_for_small_images(name, macs):
     torch.manual_seed(0)
     model, example = NETWORKS[name](num_classes=7).eval(), torch.randn(1, 3, 32, 32)
