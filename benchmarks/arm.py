@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.cells import UNPRUNED, Cell, environment, peak_memory_mb
-from benchmarks.cost import group_cost
+from benchmarks.cost import network_cost
 from benchmarks.criteria import find_criterion
 from benchmarks.evaluate import accuracy, reestimate_batchnorm
 from benchmarks.finetune import Recipe, finetune, reinitialise
@@ -112,12 +112,9 @@ class ArmRunner:
         if key not in self._scores:
             self._scores[key] = self._score(name, seed)
         scores, seconds = self._scores[key]
-        if depletion != "none":
-            scores = scores.depleted(arm.degree, joint=depletion == "joint")
-        if cost == "none":
-            return scores, seconds
-        exponent = self.settings.cost_exponent
-        return scores.divided_by(self._costs(cost), arm.degree / 2 if exponent is None else exponent), seconds
+        task = self.task
+        costs = None if cost == "none" else network_cost(task.model, task.example, task.ignored, cost)
+        return scores.ranked(arm.degree, depletion, costs, self.settings.cost_exponent), seconds
 
     def _score(self, name: str, seed: int) -> tuple[FrozenScores, dict[str, float]]:
         model, seconds = copy.deepcopy(self.task.model), {}
@@ -128,12 +125,6 @@ class ArmRunner:
                 importance = find_criterion(name).build(model, pruner, batches, seed)
             with _timed(seconds, "scoring"):
                 return freeze(importance, pruner, name), seconds
-
-    def _costs(self, unit: str) -> dict:
-        pruner = build_pruner(
-            copy.deepcopy(self.task.model), self.task.example, self.task.ignored, lambda group: None
-        )
-        return group_cost(pruner, self.task.example, unit)
 
     def _plan(self, cell: Cell, scores: FrozenScores) -> Plan:
         """Return the pruned network of ``cell``, made once for all seeds of a criterion without one."""

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import copy
 
+import torch
+from torch import Tensor, nn
+
+from benchmarks.prune import build_pruner
 from benchmarks.scores import GroupKey, group_key, prunable_groups
 from ippro_tp.cost import group_cost as record_cost
 from ippro_tp.cost import watch_positions
 from ippro_tp.groups import read_group
+
+
+def network_cost(
+    model: nn.Module, example: Tensor, ignored: tuple[str, ...], unit: str = "macs"
+) -> dict[GroupKey, float]:
+    """Return :func:`group_cost` of ``model``, which is left as it is.
+
+    Args:
+        model: The unpruned network.
+        example: One input, ``[1, C, H, W]``.
+        ignored: Names of layers that keep their outputs.
+        unit: ``"macs"`` or ``"params"``.
+    """
+    return group_cost(build_pruner(copy.deepcopy(model), example, ignored, lambda group: None), example, unit)
 
 
 def group_cost(pruner, example: Tensor, unit: str = "macs") -> dict[GroupKey, float]:

@@ -38,8 +38,9 @@ def run(config: ReportConfig) -> None:
     finished = runs.read_runs(config.directory)
     if len(finished) and not config.arms:
         finished.to_csv(config.directory / "runs.csv", index=False)
-        (config.directory / "report.md").write_text(runs.markdown(finished))
-        print(runs.markdown(finished))
+        text = runs.markdown(finished)
+        (config.directory / "report.md").write_text(text)
+        print(text)
         return
     cells = _chosen(read_cells(config.directory), config.arms)
     cells.to_csv(config.directory / "cells.csv", index=False)

@@ -98,6 +98,24 @@ class FrozenScores(tp.importance.Importance):
                 scaled[key] = (scores * depletion_factors(scores, degree, self.units.get(key), coherence)).float()
         return replace(self, scores=scaled, live=None)
 
+    def ranked(
+        self,
+        degree: float,
+        depletion: str = "none",
+        costs: dict[GroupKey, float] | None = None,
+        exponent: float | None = None,
+    ) -> FrozenScores:
+        """Return what a ranking over all groups compares: scores with depletion, divided by their cost.
+
+        Args:
+            degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
+            depletion: ``"none"``, ``"log"`` or ``"joint"``.
+            costs: Of a channel of each group; None for no cost term.
+            exponent: Of the costs; by default that of the quadratic model of the loss, ``degree / 2``.
+        """
+        scores = self if depletion == "none" else self.depleted(degree, joint=depletion == "joint")
+        return scores if costs is None else scores.divided_by(costs, degree / 2 if exponent is None else exponent)
+
     def for_scope(self, scope: str) -> Any:
         """Return what a pruner of that scope should ask: this object, or the importance it was made from."""
         return self.live if scope == "local" and self.live is not None else self

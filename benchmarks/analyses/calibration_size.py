@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,10 +14,9 @@ from tqdm import tqdm
 from benchmarks.analyses.accuracies import Accuracies
 from benchmarks.analyses.rows import AnalysisConfig, Rows
 from benchmarks.analyses.scoring import Statistics, freeze_on, gather, importance_of, pool_size
-from benchmarks.cost import group_cost
+from benchmarks.cost import network_cost
 from benchmarks.errors import UsageError
 from benchmarks.figures import COLOURS, HIGHLIGHT
-from benchmarks.prune import build_pruner
 from benchmarks.tables import github_table, spread
 from benchmarks.tasks import Batch, Task, build_task, defaults_of
 from ippro_tp import PROImportance
@@ -76,7 +74,8 @@ def run(config: CalibrationSizeConfig) -> None:
         for size, importance, seconds in _calibrated(config, task, chain, wanted):
             scores = freeze_on(task, importance, name)
             if name == "pro":
-                scores = scores.depleted(1).divided_by(_costs(task), 0.5)
+                costs = network_cost(task.model, task.example, task.ignored)
+                scores = scores.ranked(1, "log", costs)
             for row in (row for row in missing if row["images"] == size):
                 found, accuracy = accuracies.at_macs(scores, row["macs"])
                 values = {"hit": found.hit, "macs_fraction": found.macs, "seconds": seconds}
@@ -145,11 +144,6 @@ def balanced_order(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     places = [place for place in places if len(place)]
     turns = min(len(place) for place in places)
     return torch.stack([place[:turns] for place in places], 1).reshape(-1)
-
-
-def _costs(task: Task) -> dict:
-    pruner = build_pruner(copy.deepcopy(task.model), task.example, task.ignored, lambda group: None)
-    return group_cost(pruner, task.example)
 
 
 def table(frame: pd.DataFrame, available: int) -> str:

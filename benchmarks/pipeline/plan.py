@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.cost import group_cost
+from benchmarks.cost import network_cost
 from benchmarks.criteria import find_criterion
 from benchmarks.errors import UsageError
 from benchmarks.pipeline.config import PruneRunConfig, layer_ratios
@@ -194,13 +194,9 @@ class Planner:
         scores = freeze(criterion.build(private, pruner, self.batches, self.config.seed), pruner, name)
         if not scores.scored:
             raise UsageError(f"{self.config.model} has no group of channels that could be pruned")
-        if self.config.depleted:
-            scores = scores.depleted(criterion.degree)
         unit = self.config.cost_unit
-        if unit == "none":
-            return scores
-        pruner = self._pruner(copy.deepcopy(model))
-        return scores.divided_by(group_cost(pruner, self.example, unit), criterion.degree / 2)
+        costs = None if unit == "none" else network_cost(model, self.example, self.ignored, unit)
+        return scores.ranked(criterion.degree, self.config.depletion_kind, costs)
 
     def _search(
         self, plan: Plan, scores: FrozenScores, number: int, largest: float

@@ -258,8 +258,8 @@ class _Run:
         parts = [f"Importance `{config.importance}`", f"{config.scope} ranking"]
         if config.cost_unit != "none":
             parts.append(f"scores divided by the {config.cost_unit} of a channel")
-        if config.depleted:
-            parts.append("dearer as a group is emptied")
+        if config.depletion_kind != "none":
+            parts.append(f"{'jointly ' * (config.depletion_kind == 'joint')}dearer as a group is emptied")
         parts.append("with compensation" if config.compensate else "without compensation")
         return f"{', '.join(parts)}; {_count(self.batches)} calibration images, seed {config.seed}."
 

@@ -44,34 +44,38 @@ def test_the_command_line_wins():
 
 
 @pytest.mark.parametrize(
-    ("flags", "unit", "depleted"),
+    ("flags", "unit", "depletion"),
     [
-        ({"importance": "pro"}, "macs", True),
-        ({"importance": "pro", "cost": "none"}, "none", False),
-        ({"importance": "pro", "scope": "local"}, "none", False),
-        ({"importance": "pro", "depletion": "none"}, "macs", False),
-        ({}, "macs", False),
-        ({"depletion": "log"}, "macs", True),
-        ({"importance": "l2"}, "none", False),
-        ({"importance": "l2", "depletion": "log"}, "none", True),
-        ({"importance": "l2", "depletion": "log", "scope": "local"}, "none", False),
+        ({"importance": "pro"}, "macs", "log"),
+        ({"importance": "pro", "cost": "none"}, "none", "none"),
+        ({"importance": "pro", "scope": "local"}, "none", "none"),
+        ({"importance": "pro", "depletion": "none"}, "macs", "none"),
+        ({"importance": "pro", "depletion": "joint"}, "macs", "joint"),
+        ({}, "macs", "none"),
+        ({"depletion": "log"}, "macs", "log"),
+        ({"importance": "l2"}, "none", "none"),
+        ({"importance": "l2", "depletion": "log"}, "none", "log"),
+        ({"importance": "l2", "depletion": "log", "scope": "local"}, "none", "none"),
     ],
 )
-def test_cost_and_depletion_that_are_meant(flags, unit, depleted):
+def test_cost_and_depletion_that_are_meant(flags, unit, depletion):
     config = PruneRunConfig(macs=0.5, **flags)
-    assert (config.cost_unit, config.depleted) == (unit, depleted)
+    assert (config.cost_unit, config.depletion_kind) == (unit, depletion)
 
 
-def test_depletion_of_scores_with_a_sign_is_refused():
+@pytest.mark.parametrize(
+    ("importance", "depletion"), [("pro-paper-lam1", "log"), ("pro-paper-lam1", "joint"), ("l2", "joint")]
+)
+def test_depletion_that_a_criterion_cannot_have_is_refused(importance, depletion):
     config = PruneRunConfig(
         model="resnet18",
         pretrained=True,
         data_dir=Path("."),
         macs=0.5,
-        importance="pro-paper-lam1",
-        depletion="log",
+        importance=importance,
+        depletion=depletion,
     )
-    with pytest.raises(UsageError, match="--depletion log is not for --importance pro-paper-lam1"):
+    with pytest.raises(UsageError, match=f"--depletion {depletion} is not for --importance {importance}"):
         check(config)
 
 

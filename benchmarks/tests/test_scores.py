@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch_pruning as tp
 
-from benchmarks.cost import group_cost
+from benchmarks.cost import group_cost, network_cost
 from benchmarks.criteria import find_criterion
 from benchmarks.prune import PruneConfig, build_pruner, prune, size, staggered_ratios
 from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
@@ -72,14 +72,15 @@ def test_cost_term_changes_ranks_between_groups_only():
     assert divided["c", True] is None
 
 
-def test_cost_and_depletion_make_the_default_of_the_package(small_task):
+@pytest.mark.parametrize(("option", "depletion"), [("auto", "log"), ("joint", "joint"), (None, "none")])
+def test_cost_and_depletion_make_the_scores_of_the_package(small_task, option, depletion):
     batches = small_task.calibration(0, 64, 32)
     model = copy.deepcopy(small_task.model)
-    imp = PROImportance(seed=0)
+    imp = PROImportance(seed=0, depletion=option)
     pruner = build_pruner(model, small_task.example, ("fc",), imp, scope="global")
     imp.calibrate(pruner, batches, progress=False)
     own = freeze(find_criterion("pro").build(model, pruner, batches, 0), pruner)
-    own = own.depleted(1).divided_by(group_cost(pruner, small_task.example), 0.5)
+    own = own.ranked(1, depletion, network_cost(small_task.model, small_task.example, ("fc",)))
     wanted = freeze(imp, pruner).scores
     assert wanted.keys() == own.scores.keys()
     for key, scores in own.scores.items():
