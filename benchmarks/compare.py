@@ -19,6 +19,7 @@ from benchmarks.errors import UsageError
 from benchmarks.finetune import Recipe
 from benchmarks.models.checkpoints import fingerprint
 from benchmarks.prune import PruneConfig
+from benchmarks.scores import coupling_of
 from benchmarks.tasks import Task, TaskConfig, build_task, defaults_of
 
 
@@ -40,9 +41,10 @@ class CompareConfig(TaskConfig):
     """Short for a single --seeds."""
     cost: tuple[Literal["none", "macs", "params"], ...] = ()
     """Divide each group's scores by what its channels cost (global scope only: locally it changes nothing)."""
-    depletion: tuple[Literal["none", "log", "joint"], ...] = ()
-    """log: scores rise as their group is emptied (``ippro_tp.depletion``; global scope only, and not for scores
-    with a sign). joint: by what the whole group loses as one point, for arms that know it."""
+    depletion: tuple[str, ...] = ()
+    """none; log: scores rise as their group is emptied (``ippro_tp.depletion``; global scope only, and not for
+    scores with a sign); coupled: besides, by how channels go together (``ippro_tp.coupling``), for arms that know
+    it; coupled0.5: by another kappa than the package's."""
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
     compensate: tuple[Literal["none", "fold"], ...] = ("none",)
@@ -133,7 +135,7 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
                 arm = find_criterion(name)
                 ranked = scope == "global" and not arm.signed
                 depletions = (config.depletion or defaults.depletions) if ranked else ("none",)
-                depletions = tuple(how for how in depletions if how != "joint" or arm.coherent)
+                depletions = tuple(how for how in depletions if coupling_of(how) is None or arm.coupled)
                 cells += [
                     Cell(name, cost, scope, target, seed, compensation, schedule, widths, depletion)
                     for cost in costs

@@ -39,8 +39,8 @@ class Criterion:
     """Whether another calibration seed gives other scores."""
     signed: bool = False
     """Whether scores can be negative: they are no losses then, which could add up."""
-    coherent: bool = False
-    """Whether it knows what a group loses as one point."""
+    coupled: bool = False
+    """Whether it knows how the channels of a group go together."""
 
 
 _REGISTRY: dict[str, Criterion] = {}
@@ -53,7 +53,7 @@ def criterion(
     degree: float = 1.0,
     seeded: bool | None = None,
     signed: bool = False,
-    coherent: bool = False,
+    coupled: bool = False,
 ):
     """Register the decorated function as the arm ``name``.
 
@@ -63,12 +63,12 @@ def criterion(
         degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
         seeded: Whether the scores depend on the seed; by default those that use data do.
         signed: Whether scores can be negative.
-        coherent: Whether it knows what a group loses as one point.
+        coupled: Whether it knows how the channels of a group go together.
     """
 
     def register(build):
         changes = data != "none" if seeded is None else seeded
-        _REGISTRY[name] = Criterion(name, build, data, degree, changes, signed, coherent)
+        _REGISTRY[name] = Criterion(name, build, data, degree, changes, signed, coupled)
         return build
 
     return register
@@ -167,36 +167,36 @@ def _ablation(model, pruner, batches, seed):
     return Ablation(model, batches)
 
 
-@criterion("pro", data="backward", coherent=True)
+@criterion("pro", data="backward", coupled=True)
 def _pro(model, pruner, batches, seed):
     from ippro_tp import PROImportance
 
-    return _single(PROImportance(seed=seed, cost=None, depletion="joint"), pruner, batches)
+    return _single(PROImportance(seed=seed, cost=None, depletion="coupled"), pruner, batches)
 
 
-@criterion("pro-labels", data="backward", coherent=True)
+@criterion("pro-labels", data="backward", coupled=True)
 def _pro_labels(model, pruner, batches, seed):
     """The default, but of the loss with the true labels."""
     from ippro_tp import PROImportance
 
-    importance = PROImportance(cost=None, depletion="joint")
+    importance = PROImportance(cost=None, depletion="coupled")
     return _single(importance, pruner, batches, torch.nn.functional.cross_entropy)
 
 
-@criterion("pro-noise", data="backward", coherent=True)
+@criterion("pro-noise", data="backward", coupled=True)
 def _pro_noise(model, pruner, batches, seed):
     """The default, but of the logits dotted with white noise."""
     from ippro_tp import LogitNoise, PROImportance
 
-    return _single(PROImportance(cost=None, depletion="joint"), pruner, batches, LogitNoise(seed))
+    return _single(PROImportance(cost=None, depletion="coupled"), pruner, batches, LogitNoise(seed))
 
 
-@criterion("pro-square", data="backward", degree=2, coherent=True)
+@criterion("pro-square", data="backward", degree=2, coupled=True)
 def _pro_square(model, pruner, batches, seed):
     """The mean square of the offset instead of its mean size."""
     from ippro_tp import PROImportance
 
-    return _single(PROImportance(power=2, seed=seed, cost=None, depletion="joint"), pruner, batches)
+    return _single(PROImportance(power=2, seed=seed, cost=None, depletion="coupled"), pruner, batches)
 
 
 @criterion("pro-mean", data="backward", degree=2)

@@ -78,7 +78,8 @@ def read_cells(directory: Path) -> pd.DataFrame:
 def _row(record: dict) -> dict:
     config, hit = record["config"], bool(record.get("hit", False))
     arm = config["criterion"] if config["cost"] == "none" else f"{config['criterion']} / {config['cost']}"
-    arm += {"none": "", "log": ", depletion", "joint": ", joint depletion"}[config.get("depletion", "none")]
+    depletion = config.get("depletion", "none")
+    arm += {"none": "", "log": ", depletion"}.get(depletion, f", {depletion}")
     arm += "" if config.get("compensation", "none") == "none" else " + compensation"
     arm += "" if config.get("schedule", "once") == "once" else ", front to back"
     arm += "" if config.get("widths", "scores") == "scores" else ", widths measured"

@@ -15,7 +15,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
+from benchmarks.errors import UsageError
 from ippro_tp import PROImportance
+from ippro_tp.coupling import COUPLING, Coupling, Offsets, coupled_factors
 from ippro_tp.depletion import depletion_factors
 from ippro_tp.groups import groups_of, read_group
 from ippro_tp.targets import units_of
@@ -36,6 +38,27 @@ def prunable_groups(pruner) -> Iterator:
     yield from groups_of(pruner)
 
 
+def coupling_of(depletion: str) -> float | None:
+    """Return the kappa of a kind of depletion: None for ``none`` and ``log``.
+
+    Raises:
+        UsageError: There is no such kind.
+    """
+    if depletion in ("none", "log"):
+        return None
+    if depletion == "coupled":
+        return COUPLING
+    try:
+        kappa = float(depletion.removeprefix("coupled"))
+    except ValueError:
+        kappa = -1.0
+    if not depletion.startswith("coupled") or not 0 <= kappa <= 1:
+        raise UsageError(
+            f"--depletion {depletion!r} is not known: none, log, coupled, or coupled0.5 with a number from 0 to 1"
+        )
+    return kappa
+
+
 @dataclass(frozen=True)
 class FrozenScores(tp.importance.Importance):
     """An importance that returns recorded scores.
@@ -46,14 +69,14 @@ class FrozenScores(tp.importance.Importance):
         live: The importance itself, where locally its scores depend on how many channels will go: it has
             ``bind(pruner)`` and is asked anew at every ratio.
         units: For each group whose channels do not go one by one, the unit of each channel.
-        coherence: For each group what its channels lose together over what they lose singly; 1 where it is absent.
+        couplings: For each group how its channels go together, where the criterion knows.
     """
 
     scores: dict[GroupKey, Tensor | None]
     source: str = "criterion"
     live: Any = None
     units: dict[GroupKey, Tensor] = field(default_factory=dict)
-    coherence: dict[GroupKey, float] = field(default_factory=dict)
+    couplings: dict[GroupKey, Coupling] = field(default_factory=dict)
 
     def __call__(self, group, **kwargs) -> Tensor | None:
         """Return the recorded scores of ``group``."""
@@ -76,26 +99,29 @@ class FrozenScores(tp.importance.Importance):
         scaled = {k: None if s is None else s / (costs[k] / mean) ** exponent for k, s in self.scores.items()}
         return replace(self, scores=scaled, live=None)
 
-    def depleted(self, degree: float, joint: bool = False) -> FrozenScores:
-        """Return scores that rise as their group is emptied, as ``ippro_tp.depletion`` has it.
+    def depleted(self, degree: float, kappa: float | None = None) -> FrozenScores:
+        """Return scores that rise as others of their group go, as ``ippro_tp.depletion`` has it.
 
         Args:
             degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
-            joint: Whether the end costs what the group loses as one point.
+            kappa: How much the covariance of channels counts, as ``ippro_tp.coupling`` has it; None: not at all.
 
         Raises:
-            ArithmeticError: A score is negative.
+            ArithmeticError: A score is negative, or how channels go together is not known.
         """
-        scaled: dict[GroupKey, Tensor | None] = {}
-        for key, scores in self.scores.items():
-            if scores is not None and bool((scores < 0).any()):
+        ranked = {key: scores for key, scores in self.scores.items() if scores is not None}
+        for key, scores in ranked.items():
+            if bool((scores < 0).any()):
                 raise ArithmeticError(
                     f"{self.source}: scores of {key[0]!r} are negative: depletion is not for them"
                 )
-            scaled[key] = scores
-            if scores is not None:
-                coherence = self.coherence.get(key, 1.0) if joint else 1.0
-                scaled[key] = (scores * depletion_factors(scores, degree, self.units.get(key), coherence)).float()
+            if kappa is not None and key not in self.couplings and bool(scores.any()):
+                raise ArithmeticError(f"{self.source}: how the channels of {key[0]!r} go together is not known")
+        factors = {key: depletion_factors(scores, degree, self.units.get(key)) for key, scores in ranked.items()}
+        if kappa is not None:
+            known = {k: Offsets(ranked[k], c, self.units.get(k)) for k, c in self.couplings.items()}
+            factors |= zip(known, coupled_factors(list(known.values()), degree, kappa), strict=True)
+        scaled = {k: None if s is None else (s * factors[k]).float() for k, s in self.scores.items()}
         return replace(self, scores=scaled, live=None)
 
     def ranked(
@@ -109,11 +135,11 @@ class FrozenScores(tp.importance.Importance):
 
         Args:
             degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
-            depletion: ``"none"``, ``"log"`` or ``"joint"``.
+            depletion: ``"none"``, ``"log"``, ``"coupled"``, or ``"coupled0.5"`` with another kappa.
             costs: Of a channel of each group; None for no cost term.
             exponent: Of the costs; by default that of the quadratic model of the loss, ``degree / 2``.
         """
-        scores = self if depletion == "none" else self.depleted(degree, joint=depletion == "joint")
+        scores = self if depletion == "none" else self.depleted(degree, coupling_of(depletion))
         return scores if costs is None else scores.divided_by(costs, degree / 2 if exponent is None else exponent)
 
     def for_scope(self, scope: str) -> Any:
@@ -134,7 +160,7 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
     """
     scores: dict[GroupKey, Tensor | None] = {}
     units: dict[GroupKey, Tensor] = {}
-    coherence: dict[GroupKey, float] = {}
+    couplings: dict[GroupKey, Coupling] = {}
     for group in prunable_groups(pruner):
         key, channels = group_key(group), len(group[0].idxs)
         with torch.no_grad():
@@ -152,6 +178,6 @@ def freeze(importance: Callable, pruner, source: str = "criterion") -> FrozenSco
         together = units_of(pruner, pruner.DG, read_group(group))
         if together is not None:
             units[key] = together
-        if isinstance(importance, PROImportance) and (known := importance.coherence(group)) is not None:
-            coherence[key] = known
-    return FrozenScores(scores, source, importance if hasattr(importance, "bind") else None, units, coherence)
+        if isinstance(importance, PROImportance) and (known := importance.coupling(group)) is not None:
+            couplings[key] = known
+    return FrozenScores(scores, source, importance if hasattr(importance, "bind") else None, units, couplings)

@@ -11,16 +11,6 @@ score have gone adds
 
 Without Q this is the score of LAMP (Lee et al., ICLR 2021), for which all layers are worth the same. Within a
 group the order stays as it was.
-
-What goes with the last channel need not be Q. Where all channels of a layer pull the same way, as in a plain chain
-of layers, it is more; where they cancel it is less. To first order it is the loss T of the whole group as one
-point, :math:`E(\sum t)^2`, and h = T / Q with :math:`Q = \sum E\,t^2` is the group's coherence. With
-:math:`x = 1 - R/Q` and :math:`L = Q\,x + T\,(-\ln(1 - x) - x)`, single channels count as before and the end
-costs T:
-
-.. math:: \Delta L_k \approx q_k \left(1 + h \left(\frac{Q}{\sum_{j:\,q_j \ge q_k} q_j} - 1\right)\right)
-
-h = 1 is the formula above.
 """
 
 from __future__ import annotations
@@ -29,9 +19,7 @@ import torch
 from torch import Tensor
 
 
-def depletion_factors(
-    scores: Tensor, degree: float = 1.0, unit: Tensor | None = None, coherence: float = 1.0
-) -> Tensor:
+def depletion_factors(scores: Tensor, degree: float = 1.0, unit: Tensor | None = None) -> Tensor:
     """Factors of the scores of one group for what has gone of it before each channel.
 
     Args:
@@ -39,7 +27,6 @@ def depletion_factors(
         degree: 1 for scores that go as abs(t), whose squares are the q above; 2 for scores that are q.
         unit: ``(channels,)`` int64, the number of the unit that each channel goes with, where they do not go one
             by one: heads, convolution groups. The mean of a unit is then its score.
-        coherence: h above, not negative.
 
     Returns:
         ``(channels,)`` float64: 1 for the lowest score, more for higher ones; equal for equal scores, and 1 where
@@ -52,10 +39,10 @@ def depletion_factors(
     if unit is not None:
         means = scores.new_zeros(int(unit.max()) + 1, dtype=torch.float64)
         means.scatter_reduce_(0, unit.to(scores.device), scores.double(), "mean", include_self=False)
-        return depletion_factors(means, degree, None, coherence)[unit.to(scores.device)]
+        return depletion_factors(means, degree)[unit.to(scores.device)]
     largest = scores.max()
     losses = (scores.double() / torch.where(largest > 0, largest, 1)).pow(2 / degree)
     ordered = losses.sort(descending=True).values
     left = ordered.cumsum(0)
     left, total = left[torch.searchsorted(-ordered, -losses, right=True) - 1], left[-1]
-    return (1 + coherence * (torch.where(left > 0, total / left, 1) - 1)).pow(degree / 2)
+    return torch.where(left > 0, total / left, 1).pow(degree / 2)

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .coupling import Coupling, offset_products
 from .flow import Span
 from .groups import CHANNEL_NORMS, GroupRecord, Layer
 from .passes import Pass, Site
@@ -125,7 +126,7 @@ class ExpectedEstimator:
         power: 1 for the mean of abs(t), 2 for the mean of t squared.
         joint: one point a group: sum t over the producers of a channel, then take the size.
         loss_scale: ``(batch size) -> factor`` that turns gradients of the loss into per-sample gradients.
-        coherent: also gather what :meth:`coherence` needs; with ``joint`` only.
+        coupled: also gather what :meth:`coupling` needs; with ``joint`` only.
     """
 
     name = "expected"
@@ -133,10 +134,8 @@ class ExpectedEstimator:
     taps_through_norms = False
     taps_inputs = False
 
-    def __init__(
-        self, power: int, joint: bool, loss_scale: Callable[[int], float], coherent: bool = False
-    ) -> None:
-        self._power, self._joint, self._loss_scale, self._coherent = power, joint, loss_scale, coherent
+    def __init__(self, power: int, joint: bool, loss_scale: Callable[[int], float], coupled: bool = False) -> None:
+        self._power, self._joint, self._loss_scale, self._coupled = power, joint, loss_scale, coupled
         self._plans: dict[tuple[Layer, torch.device], tuple[Tensor, Tensor] | None] = {}
 
     def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
@@ -154,21 +153,17 @@ class ExpectedEstimator:
             if self._joint and parts:
                 total = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)) * scale
                 sums.add(record.key, self._size(total))
-                if self._coherent:
-                    squares = total.sum(1).square(), total.square().sum(1)
-                    sums.add(f"{record.key}#squares", torch.stack([s.sum(dtype=torch.float64) for s in squares]))
+                if self._coupled:
+                    sums.add(f"{record.key}#products", offset_products(total))
             elif parts:
                 for layer, part in zip(layers, parts, strict=True):
                     sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
 
     @staticmethod
-    def coherence(sums: Sums, record: GroupRecord) -> float | None:
-        """What the group's channels lose together over what they lose singly; ``None`` if it was not gathered."""
-        squares = sums.get(f"{record.key}#squares")
-        if squares is None:
-            return None
-        together, singly = squares.tolist()
-        return float(together / singly) if singly > 0 else 1.0
+    def coupling(sums: Sums, record: GroupRecord) -> Coupling | None:
+        """How the offsets of the group's channels go together; ``None`` if it was not gathered."""
+        products = sums.get(f"{record.key}#products")
+        return None if products is None else Coupling(products, record.tied)
 
     def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
         """None: offsets are those at the producers."""

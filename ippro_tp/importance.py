@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .calibration import Calibrated, LossFn
 from .centered import CenteredEstimator
 from .cost import CostFn, group_cost
+from .coupling import Coupling, Offsets, coupled_factors, offset_products
 from .depletion import depletion_factors
 from .errors import NotCalibratedError, ObservationError
 from .estimators import Estimator, ExpectedEstimator, PaperEstimator, Wiring
@@ -52,13 +53,13 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             what costs much and matters little: ``"macs"``, ``"params"``, ``None``, or a callable ``(record, model)
             -> cost`` (a measured latency, say). ``"auto"``: ``"macs"`` for ``"expected"`` where the pruner that
             was calibrated ranks globally, else ``None``. Within a group it changes nothing.
-        depletion: ``"log"``: the loss of a group grows with the logarithm of what is left of it, so that channels
-            become dearer as their group is emptied (see :mod:`ippro_tp.depletion`); ``"joint"``: the same, but
-            the end costs what the whole group loses as one point, which keeps plain chains of layers alive
-            without BatchNorm re-estimation, and needs ``group_reduction="joint"``; ``None``: each counts by
-            itself. ``"auto"``: ``"log"`` for ``"expected"`` from the origin, where the pruner that was calibrated
-            ranks globally and there is a ``cost``, the other half of that Lagrangian; else ``None``. Within a
-            group the order stays.
+        depletion: makes channels dearer as others of their group go. ``"log"``: the loss of a group grows with the
+            logarithm of what is left of it (see :mod:`ippro_tp.depletion`); ``"coupled"``: besides, channels that
+            pull the same way cost more together, and those that make up for each other less, by a part of their
+            covariance (see :mod:`ippro_tp.coupling`), which is gathered then: up to 1,024 numbers a channel;
+            ``None``: each counts by itself. ``"auto"``: for ``"expected"`` from the origin, where the pruner that
+            was calibrated ranks globally and there is a ``cost``, ``"coupled"`` with
+            ``group_reduction="joint"``, ``"log"`` with others; else ``None``.
         cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
         power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared. ``None``: 1, and 2 for
             ``reference="mean"``, which has no other.
@@ -119,7 +120,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             ("power", power, (1, 2)),
             ("reference", reference, REFERENCES),
             ("cost", cost if not callable(cost) else None, ("auto", "macs", "params", None)),
-            ("depletion", depletion, ("auto", "log", "joint", None)),
+            ("depletion", depletion, ("auto", "coupled", "log", None)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
@@ -130,12 +131,12 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
                 'reference="mean" goes with estimator="expected", group_reduction="joint" and power=2: the mean '
                 "is known after the last batch only, and squares alone can be put right then"
             )
-        if depletion in ("log", "joint") and estimator != "expected":
+        if depletion in ("log", "coupled") and estimator != "expected":
             raise ValueError(
                 f'depletion="{depletion}" goes with estimator="expected": the scores of Eq. 4 have a sign'
             )
-        if depletion == "joint" and (reference != "origin" or group_reduction != "joint"):
-            raise ValueError('depletion="joint" goes with reference="origin" and group_reduction="joint"')
+        if depletion == "coupled" and (reference != "origin" or group_reduction != "joint"):
+            raise ValueError('depletion="coupled" goes with reference="origin" and group_reduction="joint"')
         self.reference = reference
         self.estimator, self.step_size, self.target = estimator, float(step_size), target
         self.group_reduction, self.normalizer = group_reduction, normalizer
@@ -202,36 +203,57 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         compared: Tensor = self._normalize(scores, self.normalizer)
         return compared / self._relative_cost(record, graph.model)
 
+    @property
+    def _couples(self) -> bool:
+        """Whether calibration gathers how channels go together."""
+        possible = (self.estimator, self.reference, self.group_reduction) == ("expected", "origin", "joint")
+        return possible and self.depletion in ("auto", "coupled")
+
     def _depleted(self, record: GroupRecord, graph: Any) -> Tensor:
-        scores = self._group_scores(record, graph.model)
         how = self.depletion
         if how == "auto":
             whole = self.estimator == "expected" and self.reference == "origin"
-            how = "log" if whole and self._ranks_globally and self.cost is not None else None
+            ranks = whole and self._ranks_globally and self.cost is not None
+            how = ("coupled" if self._couples else "log") if ranks else None
         if how is None:
-            return scores
-        units = units_of(self._pruner_of(graph), graph, record)
-        coherence = self._coherence(record) if how == "joint" else 1.0
-        if coherence is None:
-            raise NotCalibratedError('depletion="joint" was chosen after calibration: calibrate again.')
-        return (scores * depletion_factors(scores, self.power, units, coherence)).float()
+            return self._group_scores(record, graph.model)
+        pruner = self._pruner_of(graph)
+        kind = f"#{how}{'#pruner' * (pruner is not None)}"
+        if record.key + kind not in self._cache:
+            groups = list(self._records.values()) if how == "coupled" else [record]
+            scores = [self._group_scores(r, graph.model) for r in groups]
+            units = [units_of(pruner, graph, r) for r in groups]
+            if how == "coupled":
+                found = zip(scores, map(self._coupling, groups), units, strict=True)
+                factors = coupled_factors([Offsets(*one) for one in found], self.power)
+            else:
+                factors = [depletion_factors(scores[0], self.power, units[0])]
+            for r, own, factor in zip(groups, scores, factors, strict=True):
+                self._cache[r.key + kind] = (own * factor).float()
+        return self._cache[record.key + kind]
 
-    def _coherence(self, record: GroupRecord) -> float | None:
+    def _coupling(self, record: GroupRecord) -> Coupling:
         assert self._sums is not None
-        if self.depletion == "joint" and record.key not in self._sums:
-            return 1.0  # never called
-        return ExpectedEstimator.coherence(self._sums, record)
+        coupling = ExpectedEstimator.coupling(self._sums, record)
+        if coupling is None and record.key in self._sums:
+            raise NotCalibratedError(
+                f"depletion={self.depletion!r} was chosen after calibration: calibrate again."
+            )
+        # A group that was never called has no offsets, and no score but zero.
+        return coupling or Coupling(offset_products(torch.zeros(1, record.width)))
 
-    def coherence(self, group: Any) -> float | None:
-        r"""What a group's channels lose together over what they lose singly, :math:`E(\sum t)^2 / \sum E t^2`.
+    def coupling(self, group: Any) -> Coupling | None:
+        """How the offsets of a group's channels go together.
 
-        ``None`` where it was not gathered: that takes ``depletion="joint"`` before calibration.
+        ``None`` where it was not gathered (see ``depletion``), or the group was never called.
 
         Raises:
             NotCalibratedError, StaleStatisticsError: as for scores.
         """
         found = self._lookup(group)
-        return None if found is None else self._coherence(found[0])
+        if found is None or self._sums is None:
+            return None
+        return ExpectedEstimator.coupling(self._sums, found[0])
 
     def _pruner_of(self, graph: Any) -> Any | None:
         """The pruner that was calibrated, if it is the one whose graph asks."""
@@ -252,6 +274,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     def _asked_by(self, target: Any) -> None:
         self._pruner = weakref.ref(target) if hasattr(target, "per_step_pruning_ratio") else None
         self._raised_at = (-1, {})
+        self._cache = {}  # which channels are one unit is for the pruner to say
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pruner": None}
@@ -324,7 +347,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
         if self.reference == "mean":
             return CenteredEstimator(scale)
-        return ExpectedEstimator(self.power, self.group_reduction == "joint", scale, self.depletion == "joint")
+        return ExpectedEstimator(self.power, self.group_reduction == "joint", scale, self._couples)
 
     def _observation(
         self,
@@ -369,7 +392,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         if self.estimator == "paper":
             return {**settings, "target": self.target}
         settings = {**settings, "reference": self.reference} if self.reference != "origin" else settings
-        settings = {**settings, "coherent": True} if self.depletion == "joint" else settings
+        settings = {**settings, "coupled": True} if self._couples else settings
         return {**settings, "power": self.power, "joint": self.group_reduction == "joint"}
 
     def _extra_state(self) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def ties_of(pruner: Any | None, group: Any, record: GroupRecord, positions: Tens
     """
     # Torch-Pruning numbers tied channels as they stand in the group that asks.
     if record.tied is not None:
-        unit = torch.unique(record.tied, return_inverse=True)[1]
+        unit = units_of(pruner, group._DG, record)
+        assert unit is not None
         alone = pruner is not None and not pruner.global_pruning and not pruner.isomorphic
         kept = _kept(pruner, group, record.width) if alone else None
         return [Ties(unit, record.units, None if kept is None else kept * record.units // record.width or None)]
@@ -142,14 +143,18 @@ def channel_groups(record: GroupRecord, graph: Any) -> int:
 def units_of(pruner: Any | None, graph: Any, record: GroupRecord) -> Tensor | None:
     """``(width,)`` int64, which channels of a full group get one rank; ``None`` where each has its own.
 
-    Channels at one place of each head or convolution group are one unit. Where a pruner ranks whole heads all are
-    one: what a head is worth is not for the ranking of its places to change.
+    Channels that only go together are one unit, and so are those at one place of each head or convolution group.
+    Where a pruner ranks whole heads all are one: what a head is worth is not for the ranking of its places to
+    change.
 
     Args:
         pruner: the pruner that will ask, if it is known: heads and groups may be its user's.
         graph: the dependency graph.
         record: the group.
     """
+    if record.tied is not None:
+        together: Tensor = torch.unique(record.tied, return_inverse=True)[1]
+        return together
     if pruner is None:
         parts = channel_groups(record, graph)
     else:

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torch_pruning as tp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ippro_tp import NotCalibratedError, PROImportance
+from ippro_tp import PROImportance
 from ippro_tp.depletion import depletion_factors
 from ippro_tp.groups import groups_of, read_group
 
@@ -67,7 +66,7 @@ def test_scores_are_multiplied_in_a_global_ranking(name, power):
     case = CASES[name]
     model = case.model(torch.float32)
     plain, groups = calibrated(case, model, power=power, depletion=None)
-    default, _ = calibrated(case, model, power=power)
+    emptying, _ = calibrated(case, model, power=power, depletion="log")
     changed = False
     for group in groups:
         scores, record = plain(group), read_group(group)
@@ -76,67 +75,9 @@ def test_scores_are_multiplied_in_a_global_ranking(name, power):
         parts = max(getattr(module, "groups", 1) for module in convs)
         losses = scores.double().view(parts, -1).mean(0).pow(2 / power)  # convolution groups: ranked by their mean
         factors = torch.tensor(emptied(losses.tolist())).pow(power / 2).repeat(parts)
-        torch.testing.assert_close(default(group), scores * factors)
-        changed |= not torch.equal(default(group), scores)
+        torch.testing.assert_close(emptying(group), scores * factors)
+        changed |= not torch.equal(emptying(group), scores)
     assert changed
-
-
-@given(SCORES, st.sampled_from([1, 2]), st.floats(0, 50))
-def test_coherence_weighs_the_barrier_and_not_the_first_channel(scores, degree, coherence):
-    scores = torch.tensor(scores, dtype=torch.float64)
-    plain = depletion_factors(scores, degree).pow(2 / degree)
-    weighed = depletion_factors(scores, degree, coherence=coherence).pow(2 / degree)
-    torch.testing.assert_close(weighed - 1, coherence * (plain - 1), rtol=1e-9, atol=1e-9)
-
-
-def joint_offset(model, record, x, labels, tapped, channels, eps=1e-5):
-    """d loss_n / d s of each sample with ``channels`` of a group scaled by 1 + s, by central differences."""
-    losses = []
-    for sign in (1, -1):
-        handles = []
-        for layer in tapped:
-            factor = torch.ones(layer.channels, dtype=x.dtype)
-            factor[layer.index[torch.isin(layer.root, channels)]] += sign * eps
-
-            def scale(module, args, output, factor=factor):
-                return output * factor.view(1, -1, *[1] * (output.dim() - 2))
-
-            handles.append(model.get_submodule(layer.name).register_forward_hook(scale))
-        with torch.no_grad():
-            losses.append(F.cross_entropy(model(x), labels, reduction="none"))
-        for handle in handles:
-            handle.remove()
-    return (losses[0] - losses[1]) / (2 * eps)
-
-
-@pytest.mark.parametrize("name", ["residual", "concat", "depthwise"])
-def test_joint_depletion_ends_with_the_loss_of_the_whole_group(name):
-    case = CASES[name]
-    model, (x, labels) = case.model(), case.inputs()
-    plain, joint = PROImportance(depletion=None), PROImportance(depletion="joint")
-    pruner = case.pruner(model, joint, global_pruning=True)
-    for imp in (plain, joint):
-        imp.calibrate(pruner, [(x[:2], labels[:2]), (x[2:], labels[2:])], F.cross_entropy, progress=False)
-    seen = []
-    for group in groups_of(pruner):
-        record = read_group(group)
-        tapped = [layer for layer in record.producers if layer.name not in joint._wiring.norm_of]
-        together = joint_offset(model, record, x, labels, tapped, torch.arange(record.width)).square().mean()
-        each = [joint_offset(model, record, x, labels, tapped, torch.tensor([c])) for c in range(record.width)]
-        singly = sum(t.square().mean() for t in each)
-        assert joint.coherence(group) == pytest.approx(float(together / singly), rel=1e-3)
-        scores = plain(group)
-        factors = depletion_factors(scores, coherence=float(together / singly)).to(scores)
-        torch.testing.assert_close(joint(group), scores * factors, rtol=1e-3, atol=0)
-        seen.append(joint.coherence(group))
-    assert max(seen) > 1.1 or min(seen) < 0.9
-    assert {plain.coherence(group) for group in groups_of(pruner)} == {None}
-    plain.depletion = "joint"
-    with pytest.raises(NotCalibratedError, match="chosen after calibration"):
-        plain(next(iter(groups_of(pruner))))
-    copied = PROImportance(depletion="joint")
-    copied.load_state_dict(joint.state_dict())
-    assert [copied.coherence(group) for group in groups_of(pruner)] == seen
 
 
 def test_auto_is_for_global_rankings_with_a_cost():
@@ -152,29 +93,34 @@ def test_auto_is_for_global_rankings_with_a_cost():
         auto, groups = calibrated(case, model, options, **settings)
         off, _ = calibrated(case, model, options, depletion=None, **settings)
         assert all(torch.equal(auto(group), off(group)) for group in groups) == same
+    for settings, how in (({}, "coupled"), ({"group_reduction": "mean"}, "log")):
+        auto, groups = calibrated(case, model, **settings)
+        named, _ = calibrated(case, model, depletion=how, **settings)
+        assert all(torch.equal(auto(group), named(group)) for group in groups)
     forced, groups = calibrated(case, model, {"global_pruning": False}, depletion="log")
     off, _ = calibrated(case, model, {"global_pruning": False}, depletion=None)
     assert not all(torch.equal(forced(group), off(group)) for group in groups)
 
 
 def test_options_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="depletion='lamp'; choose one of 'auto', 'log', 'joint', None"):
+    with pytest.raises(ValueError, match="depletion='lamp'; choose one of 'auto', 'coupled', 'log', None"):
         PROImportance(depletion="lamp")
     with pytest.raises(ValueError, match=r"scores of Eq\. 4 have a sign"):
         PROImportance(estimator="paper", depletion="log")
     for settings in ({"reference": "mean"}, {"group_reduction": "sum"}):
-        with pytest.raises(ValueError, match='depletion="joint" goes with'):
-            PROImportance(depletion="joint", **settings)
+        with pytest.raises(ValueError, match='depletion="coupled" goes with'):
+            PROImportance(depletion="coupled", **settings)
 
 
+@pytest.mark.parametrize("how", ["log", "coupled"])
 @pytest.mark.parametrize("heads", [False, True])
-def test_places_of_heads_count_as_one_and_heads_are_left_as_they_are(heads):
+def test_places_of_heads_count_as_one_and_heads_are_left_as_they_are(heads, how):
     torch.manual_seed(0)
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=16, num_classes=3, depth=1).eval()
     x = torch.randn(4, 3, 32, 32)
     scores = []
-    for depletion in (None, "auto"):
+    for depletion in (None, how):
         imp = PROImportance(depletion=depletion)
         pruner = tp.pruner.BasePruner(
             model, x[:1], importance=imp, global_pruning=True, pruning_ratio=0.5, ignored_layers=[model.head],
@@ -187,7 +133,7 @@ def test_places_of_heads_count_as_one_and_heads_are_left_as_they_are(heads):
     factors = (scores[1] / scores[0]).view(3, -1)
     torch.testing.assert_close(factors, factors[:1].expand_as(factors))
     assert (factors == 1).all() == heads
-    if not heads:
+    if how == "log" and not heads:
         means = scores[0].view(3, -1).mean(0).double()
         expected = torch.tensor(emptied(means.square().tolist()), dtype=torch.float64).sqrt()
         torch.testing.assert_close(factors[0].double(), expected, rtol=1e-5, atol=0)

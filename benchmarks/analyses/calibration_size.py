@@ -58,7 +58,7 @@ def run(config: CalibrationSizeConfig) -> None:
     task = build_task(config)
     tests = max(config.test_images or defaults_of(config.task).test_images, 0)
     common = {"test_images": tests, "bn_images": config.bn_images, "step_size": config.step_size}
-    common["pro"] = "macs, log"  # rows of another ranking are not these
+    common["pro"] = "macs, coupled"  # rows of another ranking are not these
     rows = Rows.of(config, task, "calibration-size", **common)
     accuracies = Accuracies(task, config.batch_size, tests, config.bn_images, config.device)
     chains = [(n, b, d) for d in range(config.draws) for n in config.criteria for b in config.balanced]
@@ -75,7 +75,7 @@ def run(config: CalibrationSizeConfig) -> None:
             scores = freeze_on(task, importance, name)
             if name == "pro":
                 costs = network_cost(task.model, task.example, task.ignored)
-                scores = scores.ranked(1, "log", costs)
+                scores = scores.ranked(1, "coupled", costs)
             for row in (row for row in missing if row["images"] == size):
                 found, accuracy = accuracies.at_macs(scores, row["macs"])
                 values = {"hit": found.hit, "macs_fraction": found.macs, "seconds": seconds}

@@ -60,9 +60,9 @@ class PruneRunConfig:
     """Any criterion of ``compare``: pro, l1, l2, taylor, ...; pro-mean is PRO for compensated networks."""
     cost: Literal["auto", "none", "macs", "params"] = "auto"
     """Divide scores by what a channel costs, in the global scope; auto: for PRO, in the unit of the target."""
-    depletion: Literal["auto", "none", "log", "joint"] = "auto"
-    """log: scores rise as their group is emptied, in the global scope; joint: the last channels cost what the
-    group loses as a whole (pro only); auto: log for pro, where there is a cost."""
+    depletion: Literal["auto", "none", "log", "coupled"] = "auto"
+    """log: scores rise as their group is emptied, in the global scope; coupled: besides, by how channels go
+    together (pro only); auto: coupled for pro, where there is a cost."""
     scope: Literal["global", "local"] = "global"
     """global: one ranking over all layers; local: the same ratio in each layer."""
     steps: int = 1
@@ -139,11 +139,11 @@ class PruneRunConfig:
 
     @property
     def depletion_kind(self) -> str:
-        """How scores rise as their group is emptied: ``none``, ``log`` or ``joint``."""
+        """How scores rise as their group is emptied: ``none``, ``log`` or ``coupled``."""
         if self.scope == "local":
             return "none"
         if self.depletion == "auto":
-            return "log" if self.cost_unit != "none" and self.importance == "pro" else "none"
+            return "coupled" if self.cost_unit != "none" and self.importance == "pro" else "none"
         return self.depletion
 
     def torch_device(self) -> torch.device:
@@ -205,14 +205,14 @@ def check(config: PruneRunConfig) -> None:
     criterion = find_criterion(config.importance)
     if config.task == "segmentation" and criterion.data == "backward" and not config.importance.startswith("pro"):
         raise UsageError(f"--importance {config.importance} needs labels of whole images; not for segmentation")
-    if config.depletion in ("log", "joint") and criterion.signed:
+    if config.depletion in ("log", "coupled") and criterion.signed:
         raise UsageError(
             f"--depletion {config.depletion} is not for --importance {config.importance}, whose scores have a sign"
         )
-    if config.depletion == "joint" and not criterion.coherent:
+    if config.depletion == "coupled" and not criterion.coupled:
         raise UsageError(
-            f"--depletion joint is not for --importance {config.importance}, which does not know what a group "
-            "loses as a whole; log is for all that have no sign"
+            f"--depletion coupled is not for --importance {config.importance}, which does not know how channels "
+            "go together; log is for all that have no sign"
         )
     layer_ratios(config)
 

@@ -259,7 +259,7 @@ class _Run:
         if config.cost_unit != "none":
             parts.append(f"scores divided by the {config.cost_unit} of a channel")
         if config.depletion_kind != "none":
-            parts.append(f"{'jointly ' * (config.depletion_kind == 'joint')}dearer as a group is emptied")
+            parts.append(f"dearer as a group is emptied{', coupled' * (config.depletion_kind == 'coupled')}")
         parts.append("with compensation" if config.compensate else "without compensation")
         return f"{', '.join(parts)}; {_count(self.batches)} calibration images, seed {config.seed}."
 

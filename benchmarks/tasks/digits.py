@@ -29,7 +29,7 @@ DEFAULTS = TaskDefaults(
     targets=(0.75, 0.5),
     calibration_images=256,
     costs=("none", "macs"),
-    depletions=("none", "log"),
+    depletions=("none", "log", "coupled"),
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from benchmarks import compare
 from benchmarks.__main__ import main
 from benchmarks.cells import write_json
+from benchmarks.errors import UsageError
 from benchmarks.finetune import reinitialise
 from benchmarks.models.small_resnet import SmallResNet
 from benchmarks.report import read_cells
@@ -67,10 +68,22 @@ def test_depletion_is_an_axis_of_scores_without_a_sign(quick_digits, tmp_path):
     assert kept[0] != kept[1]
 
 
+def test_coupling_is_an_axis_of_arms_that_know_it(quick_digits, tmp_path):
+    axes = ["--cost", "macs", "--depletion", "coupled", "coupled0", "coupled1"]
+    assert main([*quick_digits, "--criteria", "l2", "pro", *axes]) == 0
+    cells = read_cells(tmp_path / "out")
+    arms = ["pro / macs, coupled", "pro / macs, coupled0", "pro / macs, coupled1"]
+    assert sorted(cells.arm) == [*arms, "unpruned"]
+    assert (cells.status == "ok").all()
+    with pytest.raises(UsageError, match="--depletion 'joint' is not known"):
+        compare._grid(compare.CompareConfig(depletion=("joint",)), ("pro",))
+
+
 def test_digits_ranks_globally_with_and_without_cost_and_depletion():
-    cells = compare._grid(compare.CompareConfig(), ("l1",))
+    cells = compare._grid(compare.CompareConfig(), ("l1", "pro"))
     assert {cell.cost for cell in cells if cell.scope == "global"} == {"none", "macs"}
-    assert {cell.depletion for cell in cells if cell.scope == "global"} == {"none", "log"}
+    for name, kinds in (("l1", {"none", "log"}), ("pro", {"none", "log", "coupled"})):
+        assert {cell.depletion for cell in cells if (cell.scope, cell.criterion) == ("global", name)} == kinds
     assert {(cell.cost, cell.depletion) for cell in cells if cell.scope == "local"} == {("none", "none")}
 
 

@@ -46,11 +46,11 @@ def test_the_command_line_wins():
 @pytest.mark.parametrize(
     ("flags", "unit", "depletion"),
     [
-        ({"importance": "pro"}, "macs", "log"),
+        ({"importance": "pro"}, "macs", "coupled"),
         ({"importance": "pro", "cost": "none"}, "none", "none"),
         ({"importance": "pro", "scope": "local"}, "none", "none"),
         ({"importance": "pro", "depletion": "none"}, "macs", "none"),
-        ({"importance": "pro", "depletion": "joint"}, "macs", "joint"),
+        ({"importance": "pro", "depletion": "log"}, "macs", "log"),
         ({}, "macs", "none"),
         ({"depletion": "log"}, "macs", "log"),
         ({"importance": "l2"}, "none", "none"),
@@ -64,7 +64,7 @@ def test_cost_and_depletion_that_are_meant(flags, unit, depletion):
 
 
 @pytest.mark.parametrize(
-    ("importance", "depletion"), [("pro-paper-lam1", "log"), ("pro-paper-lam1", "joint"), ("l2", "joint")]
+    ("importance", "depletion"), [("pro-paper-lam1", "log"), ("pro-paper-lam1", "coupled"), ("l2", "coupled")]
 )
 def test_depletion_that_a_criterion_cannot_have_is_refused(importance, depletion):
     config = PruneRunConfig(

@@ -8,9 +8,11 @@ import torch_pruning as tp
 
 from benchmarks.cost import group_cost, network_cost
 from benchmarks.criteria import find_criterion
+from benchmarks.errors import UsageError
 from benchmarks.prune import PruneConfig, build_pruner, prune, size, staggered_ratios
-from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
+from benchmarks.scores import FrozenScores, coupling_of, freeze, group_key, prunable_groups
 from ippro_tp import PROImportance
+from ippro_tp.coupling import COUPLING
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_cost_term_changes_ranks_between_groups_only():
     assert divided["c", True] is None
 
 
-@pytest.mark.parametrize(("option", "depletion"), [("auto", "log"), ("joint", "joint"), (None, "none")])
+@pytest.mark.parametrize(("option", "depletion"), [("auto", "coupled"), ("log", "log"), (None, "none")])
 def test_cost_and_depletion_make_the_scores_of_the_package(small_task, option, depletion):
     batches = small_task.calibration(0, 64, 32)
     model = copy.deepcopy(small_task.model)
@@ -94,8 +96,18 @@ def test_depletion_is_refused_where_scores_are_negative_and_counts_units():
     scores = FrozenScores({key: torch.tensor([1.0, 2.0, 3.0, 4.0]), ("b", True): None})
     assert scores.depleted(2).scores[key].tolist() == pytest.approx([1.0, 20 / 9, 30 / 7, 10.0])
     assert scores.depleted(2).scores["b", True] is None
+    with pytest.raises(ArithmeticError, match="how the channels of 'a' go together is not known"):
+        scores.depleted(2, kappa=0.5)
     tied = FrozenScores(scores.scores, units={key: torch.tensor([0, 1, 0, 1])})
     assert tied.depleted(2).scores[key].tolist() == pytest.approx([1.0, 10 / 3, 3.0, 20 / 3])
+
+
+def test_kinds_of_depletion():
+    kinds = ("none", "log", "coupled", "coupled0", "coupled0.5")
+    assert [coupling_of(kind) for kind in kinds] == [None, None, COUPLING, 0.0, 0.5]
+    for kind in ("joint", "coupled2", "coupledly", "0.5"):
+        with pytest.raises(UsageError, match=f"--depletion '{kind}' is not known: none, log, coupled"):
+            coupling_of(kind)
 
 
 def test_staggered_ratios_hold_the_mean_and_are_exact_in_channels(small_task, pruner):
