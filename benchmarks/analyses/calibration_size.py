@@ -17,6 +17,7 @@ from benchmarks.analyses.scoring import Statistics, freeze_on, gather, importanc
 from benchmarks.cost import network_cost
 from benchmarks.errors import UsageError
 from benchmarks.figures import COLOURS, HIGHLIGHT
+from benchmarks.scores import coupling_of
 from benchmarks.tables import github_table, spread
 from benchmarks.tasks import Batch, Task, build_task, defaults_of
 from ippro_tp import PROImportance
@@ -31,7 +32,9 @@ class CalibrationSizeConfig(AnalysisConfig):
     """Global pruning at matched MACs, from few and from many calibration images (the paper's Table 5)."""
 
     criteria: tuple[str, ...] = ("pro", "pro-paper")
-    """pro: the default, with its cost in MACs and depletion; pro-paper: Eq. 4."""
+    """pro: the default, with its cost in MACs; pro-paper: Eq. 4."""
+    depletion: str = "coupled"
+    """Depletion of pro, as in ``compare``."""
     images: tuple[int, ...] = (50, 100, 200, 500, 1000, 2500, 5000)
     """Numbers of calibration images; those beyond what is available are left out."""
     portions: tuple[float, ...] = (0.05, 0.25, 0.5, 1.0)
@@ -55,10 +58,11 @@ def run(config: CalibrationSizeConfig) -> None:
     for name in config.criteria:
         if name not in ESTIMATORS:
             raise UsageError(f"--criteria {name!r} is not known here; known: {', '.join(ESTIMATORS)}")
+    coupling_of(config.depletion)  # is it known at all?
     task = build_task(config)
     tests = max(config.test_images or defaults_of(config.task).test_images, 0)
     common = {"test_images": tests, "bn_images": config.bn_images, "step_size": config.step_size}
-    common["pro"] = "macs, coupled"  # rows of another ranking are not these
+    common["pro"] = f"macs, {config.depletion}"  # rows of another ranking are not these
     rows = Rows.of(config, task, "calibration-size", **common)
     accuracies = Accuracies(task, config.batch_size, tests, config.bn_images, config.device)
     chains = [(n, b, d) for d in range(config.draws) for n in config.criteria for b in config.balanced]
@@ -75,7 +79,7 @@ def run(config: CalibrationSizeConfig) -> None:
             scores = freeze_on(task, importance, name)
             if name == "pro":
                 costs = network_cost(task.model, task.example, task.ignored)
-                scores = scores.ranked(1, "coupled", costs)
+                scores = scores.ranked(1, config.depletion, costs)
             for row in (row for row in missing if row["images"] == size):
                 found, accuracy = accuracies.at_macs(scores, row["macs"])
                 values = {"hit": found.hit, "macs_fraction": found.macs, "seconds": seconds}

@@ -56,8 +56,8 @@ class PruneRunConfig:
     """Widths are multiples of this; 0 for any."""
     max_pruning_ratio: float = 0.9
     """Largest ratio per layer, over all steps."""
-    importance: str = "pro-mean"
-    """Any criterion of ``compare``: pro, l1, l2, taylor, ...; pro-mean is PRO for compensated networks."""
+    importance: str = "pro"
+    """Any criterion of ``compare``: pro, l1, l2, taylor, ..."""
     cost: Literal["auto", "none", "macs", "params"] = "auto"
     """Divide scores by what a channel costs, in the global scope; auto: for PRO, in the unit of the target."""
     depletion: Literal["auto", "none", "log", "coupled"] = "auto"
