@@ -17,6 +17,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8
 HIGHLIGHT = "#D55E00"
 COMPENSATED = " + compensation"
 """What the report appends to the name of a compensated arm."""
+COMPENSATED_STYLE = {"linestyle": "-.", "marker": "*", "markersize": 11}
 MARKERS = "ovsPXD^<>ph*"
 DASHES = ("-", "--", ":")
 PANELS = {
@@ -73,11 +74,12 @@ def arm_styles(arms: list[str]) -> dict[str, dict]:
     for arm in sorted(arms, key=lambda arm: COMPENSATED in arm):
         plain = arm.replace(COMPENSATED, "")
         if plain != arm and plain in styles:
-            styles[arm] = styles[plain] | {"linestyle": "-.", "marker": "*", "markersize": 11}
+            styles[arm] = styles[plain] | COMPENSATED_STYLE
             continue
         if arm.split(" ")[0] == "pro":
             dash = "-" if arm == "pro" else "--"
             styles[arm] = {"color": HIGHLIGHT, "linewidth": 3, "linestyle": dash, "marker": "o", "zorder": 5}
+            styles[arm] |= COMPENSATED_STYLE if plain != arm else {}
         elif arm.startswith("pro-"):
             styles[arm] = {
                 "color": HIGHLIGHT,
