@@ -117,10 +117,13 @@ class FrozenScores(tp.importance.Importance):
                 )
             if kappa is not None and key not in self.couplings and bool(scores.any()):
                 raise ArithmeticError(f"{self.source}: how the channels of {key[0]!r} go together is not known")
-        factors = {key: depletion_factors(scores, degree, self.units.get(key)) for key, scores in ranked.items()}
-        if kappa is not None:
-            known = {k: Offsets(ranked[k], c, self.units.get(k)) for k, c in self.couplings.items()}
-            factors |= zip(known, coupled_factors(list(known.values()), degree, kappa), strict=True)
+        coupled = {} if kappa is None else {k: c for k, c in self.couplings.items() if k in ranked}
+        factors = {
+            k: depletion_factors(s, degree, self.units.get(k)) for k, s in ranked.items() if k not in coupled
+        }
+        if coupled:
+            groups = [Offsets(ranked[k], c, self.units.get(k)) for k, c in coupled.items()]
+            factors |= zip(coupled, coupled_factors(groups, degree, kappa), strict=True)
         scaled = {k: None if s is None else (s * factors[k]).float() for k, s in self.scores.items()}
         return replace(self, scores=scaled, live=None)
 

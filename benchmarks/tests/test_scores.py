@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from benchmarks.errors import UsageError
 from benchmarks.prune import PruneConfig, build_pruner, prune, size, staggered_ratios
 from benchmarks.scores import FrozenScores, coupling_of, freeze, group_key, prunable_groups
 from ippro_tp import PROImportance
-from ippro_tp.coupling import COUPLING
+from ippro_tp.coupling import COUPLING, Coupling
 
 
 @pytest.fixture
@@ -100,6 +101,15 @@ def test_depletion_is_refused_where_scores_are_negative_and_counts_units():
         scores.depleted(2, kappa=0.5)
     tied = FrozenScores(scores.scores, units={key: torch.tensor([0, 1, 0, 1])})
     assert tied.depleted(2).scores[key].tolist() == pytest.approx([1.0, 10 / 3, 3.0, 20 / 3])
+
+
+def test_a_group_that_is_coupled_but_has_no_scores_stays_without():
+    pairs = Coupling(torch.eye(3)[None])
+    scores = FrozenScores({("a", True): torch.tensor([1.0, 2.0, 3.0]), ("b", True): None})
+    both = replace(scores, couplings=dict.fromkeys(scores.scores, pairs))
+    found = both.depleted(2, kappa=0.5).scores
+    assert found["b", True] is None
+    torch.testing.assert_close(found["a", True], scores.depleted(2).scores["a", True], rtol=1e-5, atol=0)
 
 
 def test_kinds_of_depletion():
