@@ -199,12 +199,21 @@ def _pro_square(model, pruner, batches, seed):
     return _single(PROImportance(power=2, seed=seed, cost=None, depletion="coupled"), pruner, batches)
 
 
-@criterion("pro-mean", data="backward", degree=2)
-def _pro_mean(model, pruner, batches, seed):
-    """The mean square of the offset towards the mean: for networks that are compensated."""
+@criterion("pro-origin", data="backward", coupled=True)
+def _pro_origin(model, pruner, batches, seed):
+    """The default, but with offsets towards zero everywhere."""
     from ippro_tp import PROImportance
 
-    return _calibrated(PROImportance(reference="mean", seed=seed, cost=None), pruner, batches)
+    importance = PROImportance(reference="origin", seed=seed, cost=None, depletion="coupled")
+    return _single(importance, pruner, batches)
+
+
+@criterion("pro-mean", data="backward", coupled=True)
+def _pro_mean(model, pruner, batches, seed):
+    """The default, but with offsets towards the mean everywhere, as if all readers were compensated."""
+    from ippro_tp import PROImportance
+
+    return _single(PROImportance(reference="mean", seed=seed, cost=None, depletion="coupled"), pruner, batches)
 
 
 @criterion("ispasp", data="forward")

@@ -1,91 +1,160 @@
 r"""The expected offset towards the mean of a channel instead of towards zero.
 
-What a removed channel brought on average is made up for by BatchNorm re-estimation, by a bias or by
-``Compensation``; what is lost is its variation. So the offset is taken where the channel is read, towards its
-mean: with x the input of a layer that reads it and g the gradient there, sample n has
+What a removed channel brought on average is made up for by a BatchNorm after the layer that reads it, once its
+statistics are re-estimated or trained, or by ``Compensation``; what is lost is its variation. So the offset is
+taken where the channel is read, towards its mean: with x the input of a layer that reads it, g the gradient there
+and m the mean of x over samples and positions, sample n has
 
-.. math:: t_n = \sum_{readers} \sum_{positions} g\,(x - \mathrm E x) = \sum_k a_{kn} - m_k b_{kn},
+.. math:: t_n = \sum_{readers} \sum_{positions} g\,(x - s\,m) = a_n - \sum_{readers} s\,m\,b_n,
 
-a the sum of g x, b that of g, m the mean of x over samples and positions. The mean is known at the end only, but
-:math:`\mathrm E t^2` is a function of the sums of a a, a b, b b and x, which add up over batches and processes.
-For a reader of a ReLU's output and m = 0 this is the offset at the producer, :math:`F\cdot\nabla_n`.
+a the sum of g x over all readers, b that of g at one, and s the share of the mean that is made up for there. For
+s = 0 and readers of a ReLU's output this is the offset at the producer, :math:`F\cdot\nabla_n`. The mean is known
+at the end only, but :math:`E\,t^2` is a function of the sums of a a, a b, b b and x, which add up over batches and
+processes. :math:`E|t|` is not, and taken to shrink as its square does,
+
+.. math:: (E|t|)^2 = (E|a|)^2\,\frac{E\,t^2}{E\,a^2}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .coupling import Coupling, block_products, in_blocks
 from .estimators import ExpectedEstimator, Wiring
-from .groups import GroupRecord
+from .groups import GroupRecord, Layer
 from .passes import Pass
 from .statistics import Sums
 
+FORGETFUL = (_BatchNorm, _InstanceNorm)
+"""Norms that take a constant that their input lacks up in their own mean."""
+MADE_UP = 0.85
+"""The share of the mean that is taken to be made up for where a BatchNorm follows the reader: nearly all after
+re-estimation, nothing before (chosen on held-out images, ``benchmarks/results/research.md``)."""
+
 
 class CenteredEstimator(ExpectedEstimator):
-    """Mean square of the offset towards the mean, where readers see the channels of all producers.
+    """Size of the offset towards the mean, where readers see all that the channels of a group do.
 
-    Elsewhere (queries and keys of attention, streams that a LayerNorm mixes) it is the mean square of the offset
-    towards zero at the producers.
+    Elsewhere (queries and keys of attention, streams that a LayerNorm mixes), and where no mean is made up for, it
+    is that of the offset towards zero at the producers.
 
     Args:
-        loss_scale: ``(batch size) -> factor`` that turns gradients of the loss into per-sample gradients.
+        power: as for :class:`ExpectedEstimator`.
+        loss_scale: as there.
+        coupled: as there. Offsets towards the mean go together as they do where one layer reads the group; where
+            several do, each with a mean of its own, as those towards zero.
+        share: the s above, of the channel norm that follows a reader; its argument is ``None`` if none follows.
     """
 
     taps_inputs = True
 
-    def __init__(self, loss_scale: Callable[[int], float]) -> None:
-        super().__init__(2, True, loss_scale)
+    def __init__(
+        self,
+        power: int,
+        loss_scale: Callable[[int], float],
+        coupled: bool,
+        share: Callable[[str | None], float],
+    ) -> None:
+        super().__init__(power, True, loss_scale, coupled)
+        self._share_after = share
+        self.centered: frozenset[str] = frozenset()
+        self._looked = False
+        self._shares: dict[str, float] = {}
 
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
-        """Add the moments of one batch's offsets."""
-        covered = [record for record in records if _covered(record, done)]
-        super().update(sums, [record for record in records if record not in covered], done)
+        """Add the moments of one batch's offsets, and the shares of the means."""
+        self._look(records, done)
+        super().update(sums, records, done)
         scale = self._loss_scale(done.batch)
-        for name, (total, rows) in done.reads.items():
-            sums.add(f"read/{name}", total)
+        at_readers = [record for record in records if record.key in self.centered]
+        for name in sorted(_names(self._making_up(record) for record in at_readers)):
+            total, rows = done.reads[name]
+            sums.add(f"read/{name}", total * self._shares[name])
             sums.add(f"rows/{name}", rows)
-        for record in covered:
-            parts = [done.inputs[reader.name] for reader in record.consumers]
-            a, b = (
-                torch.stack(
-                    [self._gather(record, r, p[i]) for r, p in zip(record.consumers, parts, strict=True)]
-                ).double()
-                * scale
-                for i in (0, 1)
-            )
-            total = a.sum(0)
-            sums.add(f"aa/{record.key}", total.square().sum(0))
-            sums.add(f"ab/{record.key}", torch.einsum("nw,knw->kw", total, b))
-            sums.add(f"bb/{record.key}", torch.einsum("knw,jnw->kjw", b, b))
+        for record in at_readers:
+            readers = self._making_up(record)
+            offsets = self._offsets(record, done)
+            assert offsets is not None
+            a = offsets * scale
+            b = [self._gather(record, reader, done.inputs[reader.name][1]) * scale for reader in readers]
+            if self._coupled and len(record.consumers) == 1:
+                left, right = in_blocks(a), in_blocks(b[0])
+                sums.add(f"{record.key}#cross", block_products(left, right))
+                sums.add(f"{record.key}#ones", block_products(right, right))
+            wide, ones = a.double(), torch.stack(b).double()
+            sums.add(f"aa/{record.key}", wide.square().sum(0))
+            sums.add(f"ab/{record.key}", torch.einsum("nw,knw->kw", wide, ones))
+            sums.add(f"bb/{record.key}", torch.einsum("knw,jnw->kjw", ones, ones))
 
-    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
-        """Producers of groups that are measured where they are read, and of no other."""
-        covered = {record.key: _covered(record, done) for record in records}
-        needed = {p.name for record in records if not covered[record.key] for p in record.producers}
-        return {p.name for record in records for p in record.producers} - needed
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
+        """Producers of groups that are measured where they are read, readers of the others."""
+        self._look(records, done)
+        at_readers = [record for record in records if record.key in self.centered]
+        others = [record for record in records if record.key not in self.centered]
+        producers = _names(r.producers for r in records) - _names(r.producers for r in others)
+        return producers, _names(r.consumers for r in records) - _names(r.consumers for r in at_readers)
 
     def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
-        """Mean square of the offsets, ``(width,)`` float64."""
+        """Mean size over the samples."""
+        found = super().scores(sums, record, wiring, reduction, model)
         square = sums.get(f"aa/{record.key}")
         if square is None:
-            return super().scores(sums, record, wiring, reduction, model)
-        means = []
-        for reader in record.consumers:
-            mean = sums[f"read/{reader.name}"] / sums[f"rows/{reader.name}"]
-            count = mean.new_zeros(record.width).index_add_(
-                0, reader.root.to(mean.device), mean.new_ones(len(reader.root))
-            )
-            total = mean.new_zeros(record.width).index_add_(
-                0, reader.root.to(mean.device), mean[reader.index.to(mean.device)]
-            )
-            means.append(total / count.clamp_min(1))  # flattened maps: one mean for all positions of a channel
-        m = torch.stack(means)
+            return found
+        m = torch.stack([_mean(sums, record, r) for r in record.consumers if f"read/{r.name}" in sums])
         cross = (m * sums[f"ab/{record.key}"]).sum(0)
         own = torch.einsum("kw,jw,kjw->w", m, m, sums[f"bb/{record.key}"])
-        return (square - 2 * cross + own).clamp_min(0) / sums["samples"]
+        left = (square - 2 * cross + own).clamp_min(0)
+        return found * torch.where(square > 0, left / square, 0).pow(self._power / 2)
+
+    def coupling(self, sums: Sums, record: GroupRecord) -> Coupling | None:
+        """How the offsets of the group's channels go together; ``None`` if it was not gathered."""
+        found, cross = super().coupling(sums, record), sums.get(f"{record.key}#cross")
+        if found is None or cross is None:
+            return found
+        m = in_blocks(_mean(sums, record, record.consumers[0]).to(cross)[None])[:, 0]
+        mixed = cross * m[:, None]
+        products = found.products - mixed - mixed.mT + sums[f"{record.key}#ones"] * m[:, :, None] * m[:, None]
+        # What is left of a channel that hardly varies may be rounding: it goes with no other more than wholly.
+        square = products.diagonal(dim1=1, dim2=2)
+        square.copy_(square.maximum(1e-6 * found.products.diagonal(dim1=1, dim2=2)))
+        size = square.sqrt()
+        limit = size[:, :, None] * size[:, None]
+        return Coupling(products.clamp(-limit, limit), record.tied)
+
+    def _look(self, records: Sequence[GroupRecord], done: Pass) -> None:
+        """Find the groups that can be measured where they are read, once: as the first pass shows."""
+        if self._looked:
+            return
+        self._looked = True
+        self._shares = {name: self._share_after(done.norm_of.get(name)) for name in done.inputs}
+        self.centered = frozenset(r.key for r in records if self._making_up(r) and _covered(r, done))
+
+    def _making_up(self, record: GroupRecord) -> tuple[Layer, ...]:
+        """The readers after which a mean is made up for."""
+        return tuple(reader for reader in record.consumers if self._shares.get(reader.name, 0) > 0)
+
+    def _parts(self, record: GroupRecord, done: Pass) -> list[tuple[Layer, Tensor]]:
+        if record.key not in self.centered:
+            return super()._parts(record, done)
+        return [(r, self._gather(record, r, done.inputs[r.name][0])) for r in record.consumers]
+
+
+def _mean(sums: Sums, record: GroupRecord, reader: Layer) -> Tensor:
+    """``(record.width,)`` float64, share times mean of what ``reader`` reads of each channel."""
+    mean = sums[f"read/{reader.name}"] / sums[f"rows/{reader.name}"]
+    root, index = reader.root.to(mean.device), reader.index.to(mean.device)
+    count = mean.new_zeros(record.width).index_add_(0, root, mean.new_ones(len(root)))
+    total = mean.new_zeros(record.width).index_add_(0, root, mean[index])
+    return total / count.clamp_min(1)  # flattened maps: one mean for all positions of a channel
+
+
+def _names(layers: Iterable[tuple[Layer, ...]]) -> set[str]:
+    return {layer.name for some in layers for layer in some}
 
 
 def _covered(record: GroupRecord, done: Pass) -> bool:

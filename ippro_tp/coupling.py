@@ -47,11 +47,21 @@ def offset_products(t: Tensor) -> Tensor:
         tensor([[[10., -1.],
                  [-1.,  5.]]])
     """
+    parts = in_blocks(t)
+    return block_products(parts, parts)
+
+
+def in_blocks(t: Tensor) -> Tensor:
+    """``(samples, channels)`` as ``(blocks, samples, size)``, float32 or wider, zero beyond the last channel."""
     blocks = -(-t.shape[1] // BLOCK)
     size = -(-t.shape[1] // blocks)
     wide = t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-    parts = pad(wide, (0, blocks * size - t.shape[1])).view(len(t), blocks, size).transpose(0, 1)
-    return parts.transpose(1, 2) @ parts
+    return pad(wide, (0, blocks * size - t.shape[1])).view(len(t), blocks, size).transpose(0, 1)
+
+
+def block_products(left: Tensor, right: Tensor) -> Tensor:
+    """Sums over the samples of the products of each channel of ``left`` with each of ``right``, block by block."""
+    return left.mT @ right
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,11 +38,18 @@ class Wiring:
         sites: activation calls that stand for sigma, in order.
         norm_of: layer -> the channel norm its output runs into.
         seen: producers that were called.
+        centered: groups that were measured where they are read.
     """
 
     sites: tuple[Site, ...] = ()
     norm_of: Mapping[str, str] = field(default_factory=dict)
     seen: frozenset[str] = frozenset()
+    centered: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """``seen`` and ``centered`` as sorted lists."""
+        return {"seen": sorted(self.seen), "centered": sorted(self.centered)}
 
     @cached_property
     def _sites_of(self) -> dict[str, list[tuple[Site, Span]]]:
@@ -68,6 +75,7 @@ class Estimator(Protocol):
     taps_activations: bool
     taps_through_norms: bool
     taps_inputs: bool
+    centered: frozenset[str]
 
     def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
         """Parameters, by name, whose gradients are needed."""
@@ -75,8 +83,8 @@ class Estimator(Protocol):
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add one pass."""
 
-    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
-        """Producers whose outputs need not be tapped, as a pass shows."""
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
+        """Producers whose outputs, and readers whose inputs, need not be tapped, as the first pass shows."""
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """The producers of a group that carry its score."""
@@ -133,6 +141,7 @@ class ExpectedEstimator:
     taps_activations = False
     taps_through_norms = False
     taps_inputs = False
+    centered: frozenset[str] = frozenset()
 
     def __init__(self, power: int, joint: bool, loss_scale: Callable[[int], float], coupled: bool = False) -> None:
         self._power, self._joint, self._loss_scale, self._coupled = power, joint, loss_scale, coupled
@@ -148,26 +157,35 @@ class ExpectedEstimator:
         sums.add("samples", torch.full((), float(done.batch), dtype=torch.float64, device=device))
         scale = self._loss_scale(done.batch)
         for record in records:
-            layers = [layer for layer in record.producers if layer.name in done.outputs]
-            parts = [self._gather(record, layer, done.outputs[layer.name]) for layer in layers]
-            if self._joint and parts:
-                total = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)) * scale
+            if not self._joint:
+                for layer, part in self._parts(record, done):
+                    sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
+            elif (offsets := self._offsets(record, done)) is not None:
+                total = offsets * scale
                 sums.add(record.key, self._size(total))
                 if self._coupled:
                     sums.add(f"{record.key}#products", offset_products(total))
-            elif parts:
-                for layer, part in zip(layers, parts, strict=True):
-                    sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
 
-    @staticmethod
-    def coupling(sums: Sums, record: GroupRecord) -> Coupling | None:
+    def _parts(self, record: GroupRecord, done: Pass) -> list[tuple[Layer, Tensor]]:
+        """Per producer, the ``(batch, width)`` offsets of its channels."""
+        layers = [layer for layer in record.producers if layer.name in done.outputs]
+        return [(layer, self._gather(record, layer, done.outputs[layer.name])) for layer in layers]
+
+    def _offsets(self, record: GroupRecord, done: Pass) -> Tensor | None:
+        """``(batch, width)``, those of the whole group as one point; ``None`` if it was not called."""
+        parts = [part for _, part in self._parts(record, done)]
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def coupling(self, sums: Sums, record: GroupRecord) -> Coupling | None:
         """How the offsets of the group's channels go together; ``None`` if it was not gathered."""
         products = sums.get(f"{record.key}#products")
         return None if products is None else Coupling(products, record.tied)
 
-    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
         """None: offsets are those at the producers."""
-        return set()
+        return set(), set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """Producers that no channel norm stands for."""
@@ -215,6 +233,7 @@ class PaperEstimator:
     taps_activations = True
     taps_through_norms = True
     taps_inputs = False
+    centered: frozenset[str] = frozenset()
 
     def __init__(self, step_size: float, target: str) -> None:
         self._step_size, self._target = step_size, target
@@ -236,9 +255,9 @@ class PaperEstimator:
         for name, t in (*done.outputs.items(), *done.activations.items()):
             sums.add(f"offset/{name}", t.sum(0))
 
-    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> set[str]:
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
         """None: sigma is the identity for all that no activation follows."""
-        return set()
+        return set(), set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """One layer for each filter: the layer itself, or the norm that follows it."""

@@ -46,7 +46,7 @@ class GradientObservation:
         self._handles: list[RemovableHandle] = []
         self._ask_scale, self._scale = loss_scale, 1.0
         self._grads = Sums()  # of weights, since the last passes were counted
-        self._unneeded: set[str] | None = None  # what the estimator would not read, once it has seen a pass
+        self._looked = False  # whether the estimator has told, after the first pass, what it will not read
         self._counted = 0
         self._kept: Tensor | None = None  # how many of them did not overflow, on the device
         self._observer = Observer(
@@ -133,7 +133,7 @@ class GradientObservation:
     def wiring(self) -> Wiring:
         """What the forward passes showed."""
         seen = frozenset(self._observer.seen)
-        return Wiring(self._observer.sites, self._observer.norm_of, seen)
+        return Wiring(self._observer.sites, self._observer.norm_of, seen, self._estimator.centered)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         self._records = [record.joined for record in self._groups(args, kwargs)]
@@ -174,9 +174,11 @@ class GradientObservation:
         return hook
 
     def _add(self, passes: list[Pass]) -> None:
-        if self._unneeded is None:
-            self._unneeded = self._estimator.unneeded(self._records, passes[0])
-            self._observer.untapped |= self._unneeded
+        if not self._looked:
+            self._looked = True
+            producers, readers = self._estimator.unneeded(self._records, passes[0])
+            self._observer.untapped |= producers
+            self._observer.unread |= readers
         with torch.no_grad():
             if self._ask_scale is None:
                 for done in passes:

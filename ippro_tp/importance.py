@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .calibration import Calibrated, LossFn
-from .centered import CenteredEstimator
+from .centered import FORGETFUL, MADE_UP, CenteredEstimator
 from .cost import CostFn, group_cost
 from .coupling import Coupling, Offsets, coupled_factors, offset_products
 from .depletion import depletion_factors
@@ -30,7 +30,7 @@ from .targets import raise_the_best, ranks_everything, units_of
 ESTIMATORS = ("expected", "paper")
 REDUCTIONS = ("joint", "mean", "sum", "max", "prod", "first")
 TARGETS = ("conv", "norm")
-REFERENCES = ("origin", "mean")
+REFERENCES = ("auto", "origin", "mean")
 LOSS_REDUCTIONS = ("mean", "sum")
 
 
@@ -57,15 +57,16 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             logarithm of what is left of it (see :mod:`ippro_tp.depletion`); ``"coupled"``: besides, channels that
             pull the same way cost more together, and those that make up for each other less, by a part of their
             covariance (see :mod:`ippro_tp.coupling`), which is gathered then, up to 1,024 numbers a channel, and
-            the order within a group is another; ``None``: each counts by itself. ``"auto"``: for ``"expected"``
-            from the origin, where the pruner that was calibrated ranks globally and there is a ``cost``,
-            ``"coupled"`` with ``group_reduction="joint"``, ``"log"`` with others; else ``None``.
+            the order within a group is another; ``None``: each counts by itself. ``"auto"``: for ``"expected"``,
+            where the pruner that was calibrated ranks globally and there is a ``cost``, ``"coupled"`` with
+            ``group_reduction="joint"``, ``"log"`` with others; else ``None``.
         cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
-        power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared. ``None``: 1, and 2 for
-            ``reference="mean"``, which has no other.
-        reference: for ``"expected"``: what offsets are measured from. ``"origin"``: zero, which a removed channel
-            is set to. ``"mean"``: the mean of what is read of the channel (see :mod:`ippro_tp.centered`), for
-            networks that are compensated, or whose BatchNorm is re-estimated or trained, after the cut.
+        power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared.
+        reference: for ``"expected"`` with ``group_reduction="joint"``: what offsets are measured from.
+            ``"origin"``: zero, which a removed channel is set to. ``"mean"``: the mean of what is read of the
+            channel (see :mod:`ippro_tp.centered`), as if all readers were compensated after the cut. ``"auto"``:
+            near the mean where a BatchNorm follows the layer that reads the channel and takes its mean up when
+            it is re-estimated or trained, zero elsewhere.
         seed: of the labels that ``calibrate`` draws when no loss is given; every rank draws its own.
 
     ``observe(target, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
@@ -104,15 +105,14 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         group_reduction: str = "joint",
         normalizer: str | Callable[[Tensor], Tensor] | None = None,
         target: str = "conv",
-        power: int | None = None,
+        power: int = 1,
         cost: str | CostFn | None = "auto",
         cost_exponent: float | None = None,
         seed: int = 0,
-        reference: str = "origin",
+        reference: str = "auto",
         depletion: str | None = "auto",
     ) -> None:
         super().__init__()
-        power = power if power is not None else 2 if reference == "mean" else 1
         for name, value, known in (
             ("estimator", estimator, ESTIMATORS),
             ("group_reduction", group_reduction, REDUCTIONS),
@@ -126,17 +126,17 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
         if not step_size >= 0:
             raise ValueError(f"step_size={step_size!r}; it must not be negative")
-        if reference == "mean" and (estimator, group_reduction, power) != ("expected", "joint", 2):
+        if reference == "mean" and (estimator, group_reduction) != ("expected", "joint"):
             raise ValueError(
-                'reference="mean" goes with estimator="expected", group_reduction="joint" and power=2: the mean '
-                "is known after the last batch only, and squares alone can be put right then"
+                'reference="mean" goes with estimator="expected" and group_reduction="joint": what a channel does '
+                "is told from the layers that read it, not from single producers"
             )
         if depletion in ("log", "coupled") and estimator != "expected":
             raise ValueError(
                 f'depletion="{depletion}" goes with estimator="expected": the scores of Eq. 4 have a sign'
             )
-        if depletion == "coupled" and (reference != "origin" or group_reduction != "joint"):
-            raise ValueError('depletion="coupled" goes with reference="origin" and group_reduction="joint"')
+        if depletion == "coupled" and group_reduction != "joint":
+            raise ValueError('depletion="coupled" goes with group_reduction="joint"')
         self.reference = reference
         self.estimator, self.step_size, self.target = estimator, float(step_size), target
         self.group_reduction, self.normalizer = group_reduction, normalizer
@@ -190,7 +190,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         assert self._sums is not None
         key = record.key
         if self.estimator == "paper" or key not in self._cache:  # Eq. 4 reads the weights, which may be training
-            scores = self._make_estimator("mean").scores(
+            scores = self._make_estimator().scores(
                 self._sums, record.joined, self._wiring, self.group_reduction, model
             )
             self._cache[key] = (scores if record.tied is None else scores[record.tied.to(scores.device)]).float()
@@ -206,14 +206,13 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     @property
     def _couples(self) -> bool:
         """Whether calibration gathers how channels go together."""
-        possible = (self.estimator, self.reference, self.group_reduction) == ("expected", "origin", "joint")
+        possible = (self.estimator, self.group_reduction) == ("expected", "joint")
         return possible and self.depletion in ("auto", "coupled")
 
     def _depleted(self, record: GroupRecord, graph: Any) -> Tensor:
         how = self.depletion
         if how == "auto":
-            whole = self.estimator == "expected" and self.reference == "origin"
-            ranks = whole and self._ranks_globally and self.cost is not None
+            ranks = self.estimator == "expected" and self._ranks_globally and self.cost is not None
             how = ("coupled" if self._couples else "log") if ranks else None
         if how is None:
             return self._group_scores(record, graph.model)
@@ -234,7 +233,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
     def _coupling(self, record: GroupRecord) -> Coupling:
         assert self._sums is not None
-        coupling = ExpectedEstimator.coupling(self._sums, record)
+        coupling = self._expected().coupling(self._sums, record)
         if coupling is None and record.key in self._sums:
             raise NotCalibratedError(
                 f"depletion={self.depletion!r} was chosen after calibration: calibrate again."
@@ -253,7 +252,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         found = self._lookup(group)
         if found is None or self._sums is None:
             return None
-        return ExpectedEstimator.coupling(self._sums, found[0])
+        return self._expected().coupling(self._sums, found[0])
 
     def _pruner_of(self, graph: Any) -> Any | None:
         """The pruner that was calibrated, if it is the one whose graph asks."""
@@ -316,7 +315,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         model = self._model() if self._model is not None else None
         if model is None and self.estimator == "paper":
             raise NotCalibratedError("the calibrated model is gone; Eq. 4 needs its weights to give a report.")
-        estimator = self._make_estimator("mean")
+        estimator = self._make_estimator()
         pruner = self._pruner() if self._pruner is not None else None
         if pruner is not None and self._replaced(pruner.model, self._records.values()):
             pruner = None
@@ -327,27 +326,37 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             sites = {p.name: self._wiring.site_of(p.name) for p in layers if p.name in self._wiring.seen}
             unseen = tuple(p.name for p in record.producers if p.name not in self._wiring.seen)
             why = self._unscored.get(record.key)
-            notes = (f"not scored: {why}",) if why is not None else ()
+            notes = [] if why is None else [f"not scored: {why}"]
+            notes += ["measured at its readers"] if record.key in self._wiring.centered else []
             ranked, cost = None, 1.0
             if pruner is not None and record.producers and why is None:
                 ranked, cost = self._comparable(record, pruner.DG), self._relative_cost(record, pruner.model)
-            rows.append(GroupReport.of(record, scores, sites, unseen, notes, ranked, cost))
+            rows.append(GroupReport.of(record, scores, sites, unseen, tuple(notes), ranked, cost))
         return Report(tuple(rows))
 
     # -- calibration -------------------------------------------------------------------------------------------
 
-    def _make_estimator(self, loss_reduction: str) -> Estimator:
+    def _make_estimator(self, loss_reduction: str = "mean", model: nn.Module | None = None) -> Estimator:
+        """The estimator; to make scores of sums it needs no model."""
         if loss_reduction not in LOSS_REDUCTIONS:
             raise ValueError(f"loss_reduction={loss_reduction!r}; choose one of 'mean', 'sum'")
         if self.estimator == "paper":
             return PaperEstimator(self.step_size, self.target)
+        return self._expected(loss_reduction, model)
 
+    def _expected(self, loss_reduction: str = "mean", model: nn.Module | None = None) -> ExpectedEstimator:
         def scale(batch: int) -> float:
             return float(batch) if loss_reduction == "mean" else 1.0
 
+        modules = () if model is None else model.named_modules()
+        norms = {name for name, module in modules if isinstance(module, FORGETFUL)}
+        if self.group_reduction != "joint" or self.reference == "origin":
+            return ExpectedEstimator(self.power, self.group_reduction == "joint", scale, self._couples)
         if self.reference == "mean":
-            return CenteredEstimator(scale)
-        return ExpectedEstimator(self.power, self.group_reduction == "joint", scale, self._couples)
+            return CenteredEstimator(self.power, scale, self._couples, lambda norm: 1.0)
+        if model is not None and not norms:
+            return ExpectedEstimator(self.power, True, scale, self._couples)
+        return CenteredEstimator(self.power, scale, self._couples, lambda norm: MADE_UP * (norm in norms))
 
     def _observation(
         self,
@@ -361,7 +370,8 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             raise TypeError(
                 f"unknown option {next(iter(options))!r}; observe() takes loss_reduction and loss_scale"
             )
-        return GradientObservation(model, groups, self._make_estimator(loss_reduction), loss_scale_of(loss_scale))
+        estimator = self._make_estimator(loss_reduction, model)
+        return GradientObservation(model, groups, estimator, loss_scale_of(loss_scale))
 
     def _commit(self, observation: GradientObservation) -> None:
         counts = ("samples", "read/", "rows/")  # not made of gradients
@@ -391,9 +401,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         settings: dict[str, Any] = {"class": type(self).__name__, "estimator": self.estimator}
         if self.estimator == "paper":
             return {**settings, "target": self.target}
-        settings = {**settings, "reference": self.reference} if self.reference != "origin" else settings
+        settings |= {"power": self.power, "joint": self.group_reduction == "joint"}
         settings = {**settings, "coupled": True} if self._couples else settings
-        return {**settings, "power": self.power, "joint": self.group_reduction == "joint"}
+        return {**settings, "reference": self.reference} if settings["joint"] else settings
 
     def _extra_state(self) -> dict[str, Any]:
         sites = [
@@ -405,7 +415,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             for site in self._wiring.sites
         ]
         extra = {"positions": dict(self._positions), "unscored": dict(self._unscored)}
-        return {**extra, "sites": sites, "norm_of": dict(self._wiring.norm_of), "seen": sorted(self._wiring.seen)}
+        return {**extra, "sites": sites, "norm_of": dict(self._wiring.norm_of), **self._wiring.names}
 
     def _load_extra_state(self, extra: Any) -> None:
         sites = tuple(
@@ -414,4 +424,6 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         )
         self._positions, self._costs = dict(extra["positions"]), None
         self._unscored = dict(extra["unscored"])
-        self._wiring = Wiring(sites, dict(extra["norm_of"]), frozenset(extra["seen"]))
+        self._wiring = Wiring(
+            sites, dict(extra["norm_of"]), frozenset(extra["seen"]), frozenset(extra["centered"])
+        )

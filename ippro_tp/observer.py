@@ -96,6 +96,7 @@ class Observer(TorchFunctionMode):
         self._called: set[str] = set()
         self._reads_of: dict[str, set[str]] = {}  # layer whose weight read channels -> the layers they are of
         self.untapped: set[str] = set()  # producers whose sums nobody needs, once that is known
+        self.unread: set[str] = set()  # readers whose sums nobody needs
         self.passes = 0
 
     # -- context ---------------------------------------------------------------------------------------------
@@ -225,13 +226,16 @@ class Observer(TorchFunctionMode):
             x = args[0] if args else None
             if not isinstance(x, Tensor) or not x.is_floating_point() or not torch.is_grad_enabled():
                 return None
+            tapped = tap and name not in self.unread
             if self._pass is None:  # gradient checkpointing runs the layer again
-                return (require_grad(x).view_as(x), *args[1:]) if tap and self._watching else None
+                return (require_grad(x).view_as(x), *args[1:]) if tapped and self._watching else None
+            if not tapped and self.unread:  # whose channels it reads was noted in the first pass
+                return None
             label = self._flow[x]
             if label is not None:
                 layers = dict.fromkeys(span.layer for span in label.spans)
                 self._pass.read_layers[name] = (*self._pass.read_layers.get(name, ()), *layers)
-            if not tap:
+            if not tapped:
                 return None
             branch = require_grad(x).view_as(x)
             self._flow.set(branch, label)

@@ -9,6 +9,7 @@ import torch_pruning as tp
 from torch import nn
 
 from ippro_tp import PROImportance
+from ippro_tp.centered import MADE_UP
 from ippro_tp.groups import groups_of, read_group
 
 from .nets import CASES
@@ -43,10 +44,11 @@ def means_of(model, readers, x):
     return found
 
 
-def brute_force_at_readers(model, group, x, labels, eps=1e-5):
+def slopes_at_readers(model, group, x, labels, share, eps=1e-5):
+    """``(samples, width)``: slope of the loss as what readers see moves away from ``share`` times its mean."""
     record = read_group(group)
     means = means_of(model, record.consumers, x)
-    scores = torch.zeros(record.width, dtype=x.dtype)
+    slopes = []
     for channel in range(record.width):
         losses = []
         for sign in (1, -1):
@@ -55,38 +57,61 @@ def brute_force_at_readers(model, group, x, labels, eps=1e-5):
                 picked = reader.index[reader.root == channel]
 
                 def move(module, args, picked=picked, name=reader.name, sign=sign):
-                    mean, shape = means[name], channel_shape(module, args[0])
-                    rate = torch.zeros_like(mean)
+                    point, shape = share(name) * means[name], channel_shape(module, args[0])
+                    rate = torch.zeros_like(point)
                     rate[picked] = sign * eps
-                    return (args[0] + rate.view(shape) * (args[0] - mean.view(shape)),)
+                    return (args[0] + rate.view(shape) * (args[0] - point.view(shape)),)
 
                 handles.append(model.get_submodule(reader.name).register_forward_pre_hook(move))
             with torch.no_grad():
                 losses.append(F.cross_entropy(model(x), labels, reduction="none"))
             for handle in handles:
                 handle.remove()
-        scores[channel] = ((losses[0] - losses[1]) / (2 * eps)).square().mean()
-    return scores
+        slopes.append((losses[0] - losses[1]) / (2 * eps))
+    return torch.stack(slopes, 1)
 
 
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("reference", ["auto", "mean"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_scores_equal_finite_differences_towards_the_mean(case):
+def test_scores_equal_finite_differences_towards_the_mean(case, reference, power):
     model = case.model()
     x, labels = case.inputs()
-    imp = PROImportance(reference="mean")
+    imp = PROImportance(reference=reference, power=power)
     pruner = case.pruner(model, imp)
-    batches = list(zip(x.split(3), labels.split(3), strict=True))
+    batches = list(zip(x.split(4), labels.split(4), strict=True))
     imp.calibrate(pruner, batches, loss_fn=F.cross_entropy, progress=False)
-    centered = 0
+
+    def share(reader):
+        norm = imp._wiring.norm_of.get(reader)
+        followed = norm is not None and isinstance(model.get_submodule(norm), nn.BatchNorm2d)
+        return 1.0 if reference == "mean" else MADE_UP * followed
+
+    found = 0
     for group in groups_of(pruner):
-        key = read_group(group).key
-        if f"aa/{key}" in imp._sums:
-            centered += 1
-            expected = brute_force_at_readers(model, group, x, labels)
-        else:
-            expected = brute_force(model, group, x, labels, imp._wiring.norm_of, power=2)
-        torch.testing.assert_close(imp(group).double(), expected, rtol=1e-3, atol=1e-7)
-    assert centered >= 1
+        record = read_group(group)
+        if record.key not in imp._wiring.centered:
+            expected = brute_force(model, group, x, labels, imp._wiring.norm_of, power)
+            torch.testing.assert_close(imp(group).double(), expected, rtol=1e-3, atol=1e-7)
+            continue
+        found += 1
+        assert any(share(reader.name) > 0 for reader in record.consumers)
+        a = slopes_at_readers(model, group, x, labels, lambda reader: 0.0)
+        t = slopes_at_readers(model, group, x, labels, share)
+        expected = t.square().mean(0)
+        if power == 1:
+            expected = a.abs().mean(0) * (expected / a.square().mean(0).clamp_min(1e-30)).sqrt()
+        torch.testing.assert_close(imp(group).double(), expected, rtol=1e-3, atol=1e-6 * expected.max().item())
+        correlation = imp.coupling(group).correlation[0].double()
+        together = t if len(record.consumers) == 1 else a
+        size = together.square().sum(0).sqrt().clamp_min(1e-15)  # of a dead channel: zero
+        known = size > 1e-5 * a.square().sum(0).sqrt()  # what a channel that is constant goes with is rounding
+        expected = together.T @ together / size / size[:, None]
+        assert bool((correlation.abs() <= 1 + 1e-6).all())
+        assert known.sum() > 1
+        torch.testing.assert_close(correlation[known][:, known], expected[known][:, known], rtol=1e-3, atol=1e-4)
+    with_norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert (found > 0) == (with_norms or reference == "mean")
 
 
 def test_attention_is_measured_from_the_origin():
@@ -109,8 +134,30 @@ def test_attention_is_measured_from_the_origin():
         out_channel_groups={}, num_heads={}, channel_groups={},
     )  # fmt: skip
     imp = PROImportance(reference="mean").calibrate(pruner, [torch.randn(8, 5, 6)], progress=False)
-    centered = {key.removeprefix("aa/") for key in imp._sums if key.startswith("aa/")}
-    assert centered == {"proj.out", "fc1.out"}
+    assert imp._wiring.centered == {"proj.out", "fc1.out"}
+
+
+@pytest.mark.parametrize(
+    ("norm", "forgets"), [(nn.BatchNorm2d, True), (nn.InstanceNorm2d, True), (lambda n: nn.GroupNorm(2, n), False)]
+)
+def test_a_mean_is_made_up_for_where_a_norm_of_each_channel_follows_the_reader(norm, forgets):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), norm(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    model = nn.Sequential(*layers).eval()
+    scores = {}
+    for reference in ("auto", "origin"):
+        imp = PROImportance(reference=reference)
+        graph = tp.DependencyGraph().build_dependency(model, torch.randn(1, 3, 8, 8))
+        images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        imp.calibrate(graph, images.split(8), progress=False)
+        told = [row.root for row in imp.report() if "measured at its readers" in row.notes]
+        assert told == (["0.out"] if forgets and reference == "auto" else [])
+        scores[reference] = [
+            imp(graph.get_pruning_group(model[i], tp.prune_conv_out_channels, list(range(n))))
+            for i, n in ((0, 6), (2, 4))
+        ]
+    assert torch.equal(*(scores[reference][1] for reference in scores))  # read by the Linear layer
+    assert torch.equal(*(scores[reference][0] for reference in scores)) == (not forgets)
 
 
 def test_a_constant_channel_scores_nothing_from_the_mean():
@@ -146,6 +193,6 @@ def test_merging_and_saving_keep_the_scores():
 
 
 def test_other_options_are_refused():
-    for options in ({"power": 1}, {"estimator": "paper"}, {"group_reduction": "mean"}):
+    for options in ({"estimator": "paper"}, {"group_reduction": "mean"}):
         with pytest.raises(ValueError, match="reference"):
             PROImportance(reference="mean", **options)

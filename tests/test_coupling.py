@@ -200,7 +200,8 @@ def joint_offset(model, record, x, labels, tapped, channel, eps=1e-5):
 def test_scores_in_a_global_ranking_are_those_of_channels_removed_together(name, power):
     case = CASES[name]
     model, (x, labels) = case.model(), case.inputs()
-    plain, default = PROImportance(depletion=None, power=power), PROImportance(power=power)
+    plain = PROImportance(depletion=None, power=power, reference="origin")
+    default = PROImportance(power=power, reference="origin")
     pruner = case.pruner(model, default, global_pruning=True)
     for imp in (plain, default):
         imp.calibrate(pruner, [(x[:2], labels[:2]), (x[2:], labels[2:])], F.cross_entropy, progress=False)

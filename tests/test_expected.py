@@ -51,7 +51,7 @@ def brute_force(model, group, x, labels, norm_of, power=1, eps=1e-5):
 def test_scores_equal_finite_differences_of_joint_scaling(case, power):
     model = case.model()
     x, labels = case.inputs()
-    imp = PROImportance(power=power)
+    imp = PROImportance(power=power, reference="origin")
     pruner = case.pruner(model, imp)
     imp.calibrate(pruner, [(x, labels)], loss_fn=F.cross_entropy, progress=False)
     groups = list(groups_of(pruner))
