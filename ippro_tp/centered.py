@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .coupling import Coupling, block_products, in_blocks
 from .estimators import ExpectedEstimator, Wiring
@@ -30,8 +28,6 @@ from .groups import GroupRecord, Layer
 from .passes import Pass
 from .statistics import Sums
 
-FORGETFUL = (_BatchNorm, _InstanceNorm)
-"""Norms that take a constant that their input lacks up in their own mean."""
 MADE_UP = 0.85
 """The share of the mean that is taken to be made up for where a BatchNorm follows the reader: nearly all after
 re-estimation, nothing before (chosen on held-out images, ``benchmarks/results/research.md``)."""

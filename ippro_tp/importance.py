@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .calibration import Calibrated, LossFn
-from .centered import FORGETFUL, MADE_UP, CenteredEstimator
+from .centered import MADE_UP, CenteredEstimator
 from .cost import CostFn, group_cost
 from .coupling import Coupling, Offsets, coupled_factors, offset_products
 from .depletion import depletion_factors
@@ -349,7 +350,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             return float(batch) if loss_reduction == "mean" else 1.0
 
         modules = () if model is None else model.named_modules()
-        norms = {name for name, module in modules if isinstance(module, FORGETFUL)}
+        norms = {name for name, module in modules if isinstance(module, _BatchNorm)}
         if self.group_reduction != "joint" or self.reference == "origin":
             return ExpectedEstimator(self.power, self.group_reduction == "joint", scale, self._couples)
         if self.reference == "mean":

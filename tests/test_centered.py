@@ -138,9 +138,10 @@ def test_attention_is_measured_from_the_origin():
 
 
 @pytest.mark.parametrize(
-    ("norm", "forgets"), [(nn.BatchNorm2d, True), (nn.InstanceNorm2d, True), (lambda n: nn.GroupNorm(2, n), False)]
+    ("norm", "forgets"),
+    [(nn.BatchNorm2d, True), (nn.InstanceNorm2d, False), (lambda n: nn.GroupNorm(2, n), False)],
 )
-def test_a_mean_is_made_up_for_where_a_norm_of_each_channel_follows_the_reader(norm, forgets):
+def test_a_mean_is_made_up_for_where_a_batchnorm_follows_the_reader(norm, forgets):
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), norm(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
     model = nn.Sequential(*layers).eval()
