@@ -59,12 +59,10 @@ class CenteredEstimator(ExpectedEstimator):
         super().__init__(power, True, loss_scale, coupled)
         self._share_after = share
         self.centered: frozenset[str] = frozenset()
-        self._looked = False
         self._shares: dict[str, float] = {}
 
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add the moments of one batch's offsets, and the shares of the means."""
-        self._look(records, done)
         super().update(sums, records, done)
         scale = self._loss_scale(done.batch)
         at_readers = [record for record in records if record.key in self.centered]
@@ -75,9 +73,13 @@ class CenteredEstimator(ExpectedEstimator):
         for record in at_readers:
             readers = self._making_up(record)
             offsets = self._offsets(record, done)
-            assert offsets is not None
+            if offsets is None:
+                continue
             a = offsets * scale
-            b = [self._gather(record, reader, done.inputs[reader.name][1]) * scale for reader in readers]
+            b = [torch.zeros_like(a) for _ in readers]  # of a reader that no gradient reaches
+            for number, reader in enumerate(readers):
+                if reader.name in done.inputs:
+                    b[number] = self._gather(record, reader, done.inputs[reader.name][1]) * scale
             if self._coupled and len(record.consumers) == 1:
                 left, right = in_blocks(a), in_blocks(b[0])
                 sums.add(f"{record.key}#cross", block_products(left, right))
@@ -89,7 +91,8 @@ class CenteredEstimator(ExpectedEstimator):
 
     def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
         """Producers of groups that are measured where they are read, readers of the others."""
-        self._look(records, done)
+        self._shares = {name: self._share_after(done.norm_of.get(name)) for name in done.reads}
+        self.centered = frozenset(r.key for r in records if self._making_up(r) and _covered(r, done))
         at_readers = [record for record in records if record.key in self.centered]
         others = [record for record in records if record.key not in self.centered]
         producers = _names(r.producers for r in records) - _names(r.producers for r in others)
@@ -122,14 +125,6 @@ class CenteredEstimator(ExpectedEstimator):
         limit = size[:, :, None] * size[:, None]
         return Coupling(products.clamp(-limit, limit), record.tied)
 
-    def _look(self, records: Sequence[GroupRecord], done: Pass) -> None:
-        """Find the groups that can be measured where they are read, once: as the first pass shows."""
-        if self._looked:
-            return
-        self._looked = True
-        self._shares = {name: self._share_after(done.norm_of.get(name)) for name in done.inputs}
-        self.centered = frozenset(r.key for r in records if self._making_up(r) and _covered(r, done))
-
     def _making_up(self, record: GroupRecord) -> tuple[Layer, ...]:
         """The readers after which a mean is made up for."""
         return tuple(reader for reader in record.consumers if self._shares.get(reader.name, 0) > 0)
@@ -137,7 +132,8 @@ class CenteredEstimator(ExpectedEstimator):
     def _parts(self, record: GroupRecord, done: Pass) -> list[tuple[Layer, Tensor]]:
         if record.key not in self.centered:
             return super()._parts(record, done)
-        return [(r, self._gather(record, r, done.inputs[r.name][0])) for r in record.consumers]
+        reached = [reader for reader in record.consumers if reader.name in done.inputs]
+        return [(reader, self._gather(record, reader, done.inputs[reader.name][0])) for reader in reached]
 
 
 def _mean(sums: Sums, record: GroupRecord, reader: Layer) -> Tensor:
@@ -156,7 +152,7 @@ def _names(layers: Iterable[tuple[Layer, ...]]) -> set[str]:
 def _covered(record: GroupRecord, done: Pass) -> bool:
     """Whether all that the group's channels do passes through layers that read them, channel by channel."""
     readers = [reader.name for reader in record.consumers]
-    if not readers or any(name not in done.inputs for name in readers):
+    if not readers or any(name not in done.reads for name in readers):
         return False
     own = {producer.name for producer in record.producers}
     seen = {layer for name in (*readers, *own) for layer in done.read_layers.get(name, ())}

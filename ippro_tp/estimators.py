@@ -84,7 +84,7 @@ class Estimator(Protocol):
         """Add one pass."""
 
     def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
-        """Producers whose outputs, and readers whose inputs, need not be tapped, as the first pass shows."""
+        """Producers whose outputs, and readers whose inputs, need no tap, as the first forward pass shows."""
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """The producers of a group that carry its score."""

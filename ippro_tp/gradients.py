@@ -46,7 +46,6 @@ class GradientObservation:
         self._handles: list[RemovableHandle] = []
         self._ask_scale, self._scale = loss_scale, 1.0
         self._grads = Sums()  # of weights, since the last passes were counted
-        self._looked = False  # whether the estimator has told, after the first pass, what it will not read
         self._counted = 0
         self._kept: Tensor | None = None  # how many of them did not overflow, on the device
         self._observer = Observer(
@@ -57,6 +56,7 @@ class GradientObservation:
             estimator.taps_through_norms,
             self._loss_scale,
             self._readers,
+            lambda first: self._estimator.unneeded(self._records, first),
         )
 
     def __enter__(self) -> GradientObservation:
@@ -174,11 +174,6 @@ class GradientObservation:
         return hook
 
     def _add(self, passes: list[Pass]) -> None:
-        if not self._looked:
-            self._looked = True
-            producers, readers = self._estimator.unneeded(self._records, passes[0])
-            self._observer.untapped |= producers
-            self._observer.unread |= readers
         with torch.no_grad():
             if self._ask_scale is None:
                 for done in passes:

@@ -52,6 +52,7 @@ class Observer(TorchFunctionMode):
             arguments of the first forward pass.
         activations: tap activation calls as well (the extension layer of the paper).
         readers: names of modules whose inputs are tapped, asked for after ``producers``.
+        unneeded: after the first forward pass: producers and readers of which no sums are wanted after all.
         through_norms: keep the tap at a layer although a channel norm follows it.
         on_passes: receives the passes whose backward passes are through, one or more at a time.
         loss_scale: asked at the start of each forward pass.
@@ -66,9 +67,10 @@ class Observer(TorchFunctionMode):
         through_norms: bool = False,
         loss_scale: Callable[[], float] = lambda: 1.0,
         readers: Callable[[], Iterable[str]] = tuple,
+        unneeded: Callable[[Pass], tuple[set[str], set[str]]] = lambda first: (set(), set()),
     ) -> None:
         super().__init__()
-        self._find_readers = readers
+        self._find_readers, self._find_unneeded = readers, unneeded
         self._model = model
         self._find_producers = producers
         self._watching: bool | None = None  # None: not yet; False: looking for the producers
@@ -81,6 +83,7 @@ class Observer(TorchFunctionMode):
         self._flow, self._samples = ChannelFlow(), SampleAxis()
         self._open: set[str] = set()  # layers whose sigma has not been met yet in this forward pass
         self._taps: dict[str, list[Tap]] = {}
+        self._reader_taps: dict[str, list[Tap]] = {}
         self._by_storage: dict[int, list[weakref.ref[Tap]]] = {}
         self._fresh: tuple[weakref.ref[Tensor], Tap] | None = None  # tap of the tensor that nobody has read yet
         self._made_of: TensorMap[tuple[int, tuple[Term, ...]]] = TensorMap()  # its version, what it is a sum of
@@ -95,8 +98,8 @@ class Observer(TorchFunctionMode):
         self._owners: dict[Tensor, str] = {}  # weight -> its layer
         self._called: set[str] = set()
         self._reads_of: dict[str, set[str]] = {}  # layer whose weight read channels -> the layers they are of
-        self.untapped: set[str] = set()  # producers whose sums nobody needs, once that is known
-        self.unread: set[str] = set()  # readers whose sums nobody needs
+        self._untapped: set[str] = set()  # producers whose sums nobody needs, once that is known
+        self._unread: set[str] = set()  # readers whose sums nobody needs
         self.passes = 0
 
     # -- context ---------------------------------------------------------------------------------------------
@@ -187,14 +190,19 @@ class Observer(TorchFunctionMode):
         self._samples.start((args, kwargs))
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current, read = self._pass, set(self._taps)
+        current, taps, reader_taps = self._pass, self._taps, self._reader_taps
         self._end_forward()
         if current is None or output is None:
             return
         if self._signature is None:
             self._signature = current.signature
             self.sites, self.norm_of = tuple(current.sites), dict(current.norm_of)
-            self.untapped |= self.seen - read  # a norm or an activation stands for them, in each pass
+            producers, self._unread = self._find_unneeded(current)
+            # A norm or an activation stands for producers without a tap, in each pass.
+            self._untapped = (self.seen - set(taps)) | producers
+            for unneeded, placed in ((producers, taps), (self._unread, reader_taps)):
+                for tap in (tap for name in unneeded for tap in placed.get(name, ())):
+                    tap.close()
         elif self._signature != current.signature:
             raise ObservationError(difference(self.sites, tuple(current.sites)))
         self.crossed |= self._flow.crossed
@@ -205,6 +213,7 @@ class Observer(TorchFunctionMode):
         self._norms = []
         self._open = set()
         self._taps = {}
+        self._reader_taps = {}
         self._by_storage = {}
         self._fresh = None
         self._made_of = TensorMap()
@@ -226,10 +235,10 @@ class Observer(TorchFunctionMode):
             x = args[0] if args else None
             if not isinstance(x, Tensor) or not x.is_floating_point() or not torch.is_grad_enabled():
                 return None
-            tapped = tap and name not in self.unread
+            tapped = tap and name not in self._unread
             if self._pass is None:  # gradient checkpointing runs the layer again
                 return (require_grad(x).view_as(x), *args[1:]) if tapped and self._watching else None
-            if not tapped and self.unread:  # whose channels it reads was noted in the first pass
+            if not tapped and self._unread:  # whose channels it reads was noted in the first pass
                 return None
             label = self._flow[x]
             if label is not None:
@@ -249,7 +258,9 @@ class Observer(TorchFunctionMode):
             self._pass.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
             sink = self._sink(self._pass.inputs, name, self._pass)
             samples = self._samples.of(x, self._pass.batch)
-            self._register(Tap((Term(branch),), branch, axis, self._pass.batch, sink, name, True, samples=samples))
+            found = Tap((Term(branch),), branch, axis, self._pass.batch, sink, name, True, samples=samples)
+            self._reader_taps.setdefault(name, []).append(found)
+            self._register(found)
             return (branch, *args[1:])
 
         return _unseen(hook)
@@ -451,7 +462,7 @@ class Observer(TorchFunctionMode):
         assert self._pass is not None
         self.seen.add(name)
         self._open.add(name)
-        if name in self.untapped:
+        if name in self._untapped:
             return
         sink = self._sink(self._pass.outputs, name, self._pass)
         samples = self._samples.of(y, self._pass.batch, table)

@@ -161,6 +161,31 @@ def test_a_mean_is_made_up_for_where_a_batchnorm_follows_the_reader(norm, forget
     assert torch.equal(*(scores[reference][0] for reference in scores)) == (not forgets)
 
 
+def test_a_reader_that_no_gradient_reaches_adds_nothing():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.read, self.norm = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5)
+            self.side, self.side_norm, self.fc = nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            x = self.conv(x).relu()
+            side = self.side_norm(self.side(x))
+            x = self.norm(self.read(x)) + side.detach() + (0 if self.cut else 0 * side)
+            return self.fc(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, images, scores = Cut().eval(), torch.randn(8, 3, 8, 8), []
+    for model.cut in (True, False):
+        graph = tp.DependencyGraph().build_dependency(model, images[:1])
+        imp = PROImportance().calibrate(graph, images.split(4), progress=False)
+        group = graph.get_pruning_group(model.conv, tp.prune_conv_out_channels, list(range(6)))
+        assert imp._wiring.centered == {"conv.out"}
+        scores.append(imp(group))
+    torch.testing.assert_close(*scores)
+    assert scores[0].min() > 0
+
+
 def test_a_constant_channel_scores_nothing_from_the_mean():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
