@@ -275,6 +275,25 @@ def test_max_samples_cuts_the_last_batch():
     assert imp._sums["samples"] == 6
 
 
+def test_passes_go_through_the_loader_again_under_new_noise():
+    case = CASES["residual"]
+    model, imp = case.model(), PROImportance()
+    pruner = case.pruner(model, imp)
+    x, labels = case.inputs(6)
+    batches = list(zip(x.split(4), labels.split(4), strict=True))
+    once = all_scores(imp.calibrate(pruner, batches, progress=False), pruner)
+    thrice = all_scores(imp.calibrate(pruner, batches * 3, progress=False), pruner)
+    passes = all_scores(imp.calibrate(pruner, batches, passes=3, progress=False), pruner)
+    assert torch.equal(passes, thrice)
+    assert not torch.equal(passes, once)
+    assert imp._sums["samples"] == 18
+    with pytest.raises(ValueError, match="an iterator can be gone through once only"):
+        imp.calibrate(pruner, iter(batches), passes=2)
+    with pytest.raises(ValueError, match="it must be at least 1"):
+        imp.calibrate(pruner, batches, passes=0)
+    assert torch.equal(all_scores(imp, pruner), passes)  # what was known is still known
+
+
 def test_inputs_may_be_tuples_dicts_or_stand_alone():
     class TwoInputs(nn.Module):
         def __init__(self):

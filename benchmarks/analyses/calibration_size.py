@@ -43,6 +43,8 @@ class CalibrationSizeConfig(AnalysisConfig):
     """Plain random samples; samples with the same number of images of each class (no larger than a half)."""
     targets: tuple[float, ...] = (0.75, 0.5)
     """Remaining MACs as fractions of the unpruned network's."""
+    passes: int = 1
+    """How often pro sees each image, under new noise."""
     draws: int = 5
     """Calibration samples per size. A smaller sample is the first part of a larger one of the same draw."""
     step_size: float = 1.0
@@ -63,6 +65,7 @@ def run(config: CalibrationSizeConfig) -> None:
     tests = max(config.test_images or defaults_of(config.task).test_images, 0)
     common = {"test_images": tests, "bn_images": config.bn_images, "step_size": config.step_size}
     common["pro"] = f"macs, {config.depletion}"  # rows of another ranking are not these
+    common["pro"] += f", {config.passes} passes" if config.passes > 1 else ""
     rows = Rows.of(config, task, "calibration-size", **common)
     accuracies = Accuracies(task, config.batch_size, tests, config.bn_images, config.device)
     chains = [(n, b, d) for d in range(config.draws) for n in config.criteria for b in config.balanced]
@@ -103,7 +106,8 @@ def _calibrated(
     seed, batch_size, total, spent, done = chain["draw"], config.batch_size, None, 0.0, 0
     images, labels = sample(task, seed, sizes[-1], batch_size, chain["balanced"])
     for size in sizes:
-        more = zip(images[done:size].split(batch_size), labels[done:size].split(batch_size), strict=True)
+        more = [*zip(images[done:size].split(batch_size), labels[done:size].split(batch_size), strict=True)]
+        more *= config.passes if chain["criterion"] == "pro" else 1
         # Each part draws noise of its own.
         what = Statistics(ESTIMATORS[chain["criterion"]], size - done, seed * 100_003 + done)
         state, seconds = gather(task, what, more, batch_size)
