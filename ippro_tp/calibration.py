@@ -177,7 +177,7 @@ class Calibrated(abc.ABC):
             raise ValueError(f"passes={passes!r}; it must be at least 1")
         if passes > 1 and iter(loader) is loader:
             raise ValueError(
-                f"passes={passes}: an iterator can be gone through once only; give a list or a loader"
+                f"passes={passes}: an iterator can be gone through once only; give a loader"
             )
         _, model = resolve(target)
         loss_fn = loss_fn or self._default_loss()
