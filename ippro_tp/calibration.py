@@ -176,9 +176,7 @@ class Calibrated(abc.ABC):
         if passes < 1:
             raise ValueError(f"passes={passes!r}; it must be at least 1")
         if passes > 1 and iter(loader) is loader:
-            raise ValueError(
-                f"passes={passes}: an iterator can be gone through once only; give a loader"
-            )
+            raise ValueError(f"passes={passes}: an iterator can be gone through once only; give a loader")
         _, model = resolve(target)
         loss_fn = loss_fn or self._default_loss()
         with self.observe(target, **options):
