@@ -64,30 +64,28 @@ class CenteredEstimator(ExpectedEstimator):
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add the moments of one batch's offsets, and the shares of the means."""
         super().update(sums, records, done)
-        scale = self._loss_scale(done.batch)
-        at_readers = [record for record in records if record.key in self.centered]
-        for name in sorted(_names(self._making_up(record) for record in at_readers)):
+        for name in sorted(_names(self._making_up(record) for record in records if record.key in self.centered)):
             total, rows = done.reads[name]
             sums.add(f"read/{name}", total * self._shares[name])
             sums.add(f"rows/{name}", rows)
-        for record in at_readers:
-            readers = self._making_up(record)
-            offsets = self._offsets(record, done)
-            if offsets is None:
-                continue
-            a = offsets * scale
-            b = [torch.zeros_like(a) for _ in readers]  # of a reader that no gradient reaches
-            for number, reader in enumerate(readers):
-                if reader.name in done.inputs:
-                    b[number] = self._gather(record, reader, done.inputs[reader.name][1]) * scale
-            if self._coupled and len(record.consumers) == 1:
-                left, right = in_blocks(a), in_blocks(b[0])
-                sums.add(f"{record.key}#cross", block_products(left, right))
-                sums.add(f"{record.key}#ones", block_products(right, right))
-            wide, ones = a.double(), torch.stack(b).double()
-            sums.add(f"aa/{record.key}", wide.square().sum(0))
-            sums.add(f"ab/{record.key}", torch.einsum("nw,knw->kw", wide, ones))
-            sums.add(f"bb/{record.key}", torch.einsum("knw,jnw->kjw", ones, ones))
+
+    def _add(self, sums: Sums, record: GroupRecord, offsets: Tensor, done: Pass) -> None:
+        super()._add(sums, record, offsets, done)
+        if record.key not in self.centered:
+            return
+        readers, scale = self._making_up(record), self._loss_scale(done.batch)
+        b = [torch.zeros_like(offsets) for _ in readers]  # of a reader that no gradient reaches
+        for number, reader in enumerate(readers):
+            if reader.name in done.inputs:
+                b[number] = self._gather(record, reader, done.inputs[reader.name][1]) * scale
+        if self._coupled and len(record.consumers) == 1:
+            left, right = in_blocks(offsets), in_blocks(b[0])
+            sums.add(f"{record.key}#cross", block_products(left, right))
+            sums.add(f"{record.key}#ones", block_products(right, right))
+        a, ones = offsets.double(), torch.stack(b).double()
+        sums.add(f"aa/{record.key}", a.square().sum(0))
+        sums.add(f"ab/{record.key}", torch.einsum("nw,knw->kw", a, ones))
+        sums.add(f"bb/{record.key}", torch.einsum("knw,jnw->kjw", ones, ones))
 
     def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
         """Producers of groups that are measured where they are read, readers of the others."""

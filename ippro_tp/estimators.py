@@ -161,10 +161,13 @@ class ExpectedEstimator:
                 for layer, part in self._parts(record, done):
                     sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
             elif (offsets := self._offsets(record, done)) is not None:
-                total = offsets * scale
-                sums.add(record.key, self._size(total))
-                if self._coupled:
-                    sums.add(f"{record.key}#products", offset_products(total))
+                self._add(sums, record, offsets * scale, done)
+
+    def _add(self, sums: Sums, record: GroupRecord, offsets: Tensor, done: Pass) -> None:
+        """Add what is kept of the ``(batch, width)`` offsets of a group as one point."""
+        sums.add(record.key, self._size(offsets))
+        if self._coupled:
+            sums.add(f"{record.key}#products", offset_products(offsets))
 
     def _parts(self, record: GroupRecord, done: Pass) -> list[tuple[Layer, Tensor]]:
         """Per producer, the ``(batch, width)`` offsets of its channels."""
