@@ -349,12 +349,12 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         def scale(batch: int) -> float:
             return float(batch) if loss_reduction == "mean" else 1.0
 
-        modules = () if model is None else model.named_modules()
-        norms = {name for name, module in modules if isinstance(module, _BatchNorm)}
         if self.group_reduction != "joint" or self.reference == "origin":
             return ExpectedEstimator(self.power, self.group_reduction == "joint", scale, self._couples)
         if self.reference == "mean":
             return CenteredEstimator(self.power, scale, self._couples, lambda norm: 1.0)
+        modules = () if model is None else model.named_modules()
+        norms = {name for name, module in modules if isinstance(module, _BatchNorm)}
         if model is not None and not norms:
             return ExpectedEstimator(self.power, True, scale, self._couples)
         return CenteredEstimator(self.power, scale, self._couples, lambda norm: MADE_UP * (norm in norms))
