@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import samples
 from benchmarks.tasks.base import Batch
-from ippro_tp.groups import GroupRecord, read_group
+from ippro_tp.graph.groups import read_group
+from ippro_tp.records import GroupRecord
 
 IMAGES = 500
 """Of the calibration images; each is seen once for every channel."""

@@ -42,9 +42,9 @@ class CompareConfig(TaskConfig):
     cost: tuple[Literal["none", "macs", "params"], ...] = ()
     """Divide each group's scores by what its channels cost (global scope only: locally it changes nothing)."""
     depletion: tuple[str, ...] = ()
-    """none; log: scores rise as their group is emptied (``ippro_tp.depletion``; global scope only, and not for
-    scores with a sign); coupled: besides, by how channels go together (``ippro_tp.coupling``), for arms that know
-    it; coupled0.5: by another kappa than the package's."""
+    """none; log: scores rise as their group is emptied (``estimators.depletion``; global scope only, and not for
+    scores with a sign); coupled: besides, by how channels go together (``estimators.coupling``), for arms that
+    know it; coupled0.5: by another kappa than the package's."""
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
     compensate: tuple[Literal["none", "fold"], ...] = ("none",)

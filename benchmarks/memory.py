@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ippro_tp import extension
+from ippro_tp.tracing import extension
 
 
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:

@@ -28,7 +28,7 @@ from benchmarks.errors import UsageError
 from benchmarks.prune import apply, build_pruner
 from benchmarks.tables import spread
 from ippro_tp import PROImportance, SpaSPImportance
-from ippro_tp import spasp_math as maths
+from ippro_tp.estimators import spasp_math as maths
 
 PIXELS, CLASSES = 28 * 28, 10
 ARMS = ("i-SpaSP", "Top-K", "L1", "PRO")

@@ -27,8 +27,8 @@ from benchmarks.prune import build_pruner
 from benchmarks.scores import prunable_groups
 from benchmarks.tasks.base import Batch
 from ippro_tp import Compensation, LogitNoise, PROImportance, SpaSPImportance
-from ippro_tp.extension import require_grad
-from ippro_tp.groups import groups_of, read_group
+from ippro_tp.graph.groups import groups_of, read_group
+from ippro_tp.tracing.extension import require_grad
 
 FORWARD, BOTH, ACTIVATIONS = "forward", "forward + backward", "gradients of activations"
 MODELS = ("resnet56", "resnet50", "mobilenet_v2", "convnext_tiny", "vit_small_patch16_224")

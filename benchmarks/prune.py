@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.scores import GroupKey, prunable_groups
 from ippro_tp import Compensation, attention_heads, update_attention
-from ippro_tp.compensation import CompensationReport
-from ippro_tp.losses import main_output
+from ippro_tp.calibration.losses import main_output
+from ippro_tp.compensation.step import CompensationReport
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 

@@ -24,7 +24,7 @@ from benchmarks.errors import UsageError
 from benchmarks.prune import size
 from benchmarks.tasks.imagefolder import FolderImages
 from ippro_tp import Compensation, attention_heads, update_attention
-from ippro_tp.cutlayer import CutLayer
+from ippro_tp.compensation.cutlayer import CutLayer
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 MODELS = ("resnet50", "mobilenetv2_100", "densenet121", "convnext_tiny", "vit_small_patch16_224", "regnety_004")

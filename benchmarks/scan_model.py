@@ -28,7 +28,7 @@ from benchmarks import scan_zoo
 from benchmarks.cells import environment, peak_memory_mb, write_json
 from benchmarks.scan_zoo import Subject
 from ippro_tp import LogitNoise, PROImportance, update_attention
-from ippro_tp.groups import groups_of, read_group
+from ippro_tp.graph.groups import groups_of, read_group
 
 RATIO = 0.3
 SCOPES = ("local", "global")

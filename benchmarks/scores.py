@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks.errors import UsageError
 from ippro_tp import PROImportance
-from ippro_tp.coupling import COUPLING, Coupling, Offsets, coupled_factors
-from ippro_tp.depletion import depletion_factors
-from ippro_tp.groups import groups_of, read_group
-from ippro_tp.targets import units_of
+from ippro_tp.estimators.coupling import COUPLING, Coupling, Offsets, coupled_factors
+from ippro_tp.estimators.depletion import depletion_factors
+from ippro_tp.graph.groups import groups_of, read_group
+from ippro_tp.graph.units import units_of
 
 GroupKey = tuple[str, bool]
 """Name of a group's root layer, and whether the root prunes its outputs."""
@@ -100,11 +100,11 @@ class FrozenScores(tp.importance.Importance):
         return replace(self, scores=scaled, live=None)
 
     def depleted(self, degree: float, kappa: float | None = None) -> FrozenScores:
-        """Return scores that rise as others of their group go, as ``ippro_tp.depletion`` has it.
+        """Return scores that rise as others of their group go, as ``estimators.depletion`` has it.
 
         Args:
             degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
-            kappa: How much the covariance of channels counts, as ``ippro_tp.coupling`` has it; None: not at all.
+            kappa: How much the covariance of channels counts, as ``estimators.coupling`` has it; None: not at all.
 
         Raises:
             ArithmeticError: A score is negative, or how channels go together is not known.

@@ -1,12 +1,12 @@
 """Projective-offset importance (IPPRO, arXiv 2507.14171) for Torch-Pruning."""
 
-from .attention import attention_heads, update_attention
-from .compensation import Compensation
+from .calibration.losses import FisherNoise, LogitNoise
+from .compensation.step import Compensation
 from .errors import IPPROError, NotCalibratedError, ObservationError, StaleStatisticsError
-from .importance import PROImportance
-from .losses import FisherNoise, LogitNoise
-from .saving import load_pruned, save_pruned
-from .spasp import SpaSPImportance
+from .graph.attention import attention_heads, update_attention
+from .importance.pro import PROImportance
+from .importance.spasp import SpaSPImportance
+from .pruning.saving import load_pruned, save_pruned
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,8 +9,8 @@ import torch_pruning as tp
 from torch import nn
 
 from ippro_tp import PROImportance
-from ippro_tp.centered import MADE_UP
-from ippro_tp.groups import groups_of, read_group
+from ippro_tp.estimators.centered import MADE_UP
+from ippro_tp.graph.groups import groups_of, read_group
 
 from .nets import CASES
 from .test_expected import brute_force

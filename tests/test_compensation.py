@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ippro_tp import Compensation, NotCalibratedError, ObservationError
-from ippro_tp.cutlayer import CutLayer
-from ippro_tp.regression import LARGE, refit
-from ippro_tp.samples import Samples
-from ippro_tp.taps import inputs_at, outputs_at
+from ippro_tp.compensation.cutlayer import CutLayer
+from ippro_tp.compensation.patches import inputs_at, outputs_at
+from ippro_tp.compensation.regression import LARGE, refit
+from ippro_tp.compensation.samples import Samples
 
 
 def removing(model: nn.Module, example: Tensor, removals: dict[str, list[int]], **options):

@@ -7,7 +7,7 @@ import torch
 import torch_pruning as tp
 
 from ippro_tp import PROImportance
-from ippro_tp.groups import groups_of, read_group
+from ippro_tp.graph.groups import groups_of, read_group
 
 from .nets import CASES
 

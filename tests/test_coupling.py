@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ippro_tp import NotCalibratedError, PROImportance, coupling
-from ippro_tp.coupling import Coupling, Offsets, offset_products
-from ippro_tp.depletion import depletion_factors
-from ippro_tp.groups import groups_of, read_group
+from ippro_tp import NotCalibratedError, PROImportance
+from ippro_tp.estimators import coupling
+from ippro_tp.estimators.coupling import Coupling, Offsets, offset_products
+from ippro_tp.estimators.depletion import depletion_factors
+from ippro_tp.graph.groups import groups_of, read_group
 
 from .nets import CASES
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ippro_tp import PROImportance
-from ippro_tp.depletion import depletion_factors
-from ippro_tp.groups import groups_of, read_group
+from ippro_tp.estimators.depletion import depletion_factors
+from ippro_tp.graph.groups import groups_of, read_group
 
 from .nets import CASES
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ippro_tp import Compensation, ObservationError, PROImportance, SpaSPImportance
-from ippro_tp.groups import groups_of
+from ippro_tp.graph.groups import groups_of
 
 from .nets import CASES, make_pruner
 

@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import nn
 
 from ippro_tp import Compensation, NotCalibratedError, PROImportance, SpaSPImportance, StaleStatisticsError
-from ippro_tp.groups import groups_of
+from ippro_tp.graph.groups import groups_of
 
 from .nets import CASES, make_pruner
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ippro_tp import PROImportance
-from ippro_tp.groups import groups_of, read_group
+from ippro_tp.graph.groups import groups_of, read_group
 
 from .nets import CASES
 

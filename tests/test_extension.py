@@ -7,8 +7,8 @@ import torch_pruning as tp
 
 from ippro_tp import PROImportance
 from ippro_tp.errors import ObservationError
-from ippro_tp.extension import LiteralExtension, Tap, Term, require_grad, sample_sums
-from ippro_tp.groups import groups_of
+from ippro_tp.graph.groups import groups_of
+from ippro_tp.tracing.extension import LiteralExtension, Tap, Term, require_grad, sample_sums
 
 
 @pytest.mark.parametrize(

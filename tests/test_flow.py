@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ippro_tp.flow import ChannelFlow, Label, Span
+from ippro_tp.records import Label, Span
+from ippro_tp.tracing.flow import ChannelFlow
 
 
 def channels(axis, shape, start=0):

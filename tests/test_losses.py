@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ippro_tp import FisherNoise, LogitNoise, ObservationError
-from ippro_tp.losses import cross_entropy, main_output
+from ippro_tp.calibration.losses import cross_entropy, main_output
 
 
 def noise_of(loss, z):

@@ -9,9 +9,9 @@ import torchvision
 from torch import nn
 
 from ippro_tp import PROImportance
-from ippro_tp.extension import LiteralExtension
-from ippro_tp.groups import groups_of, read_group
-from ippro_tp.projective import pro_score
+from ippro_tp.estimators.projective import pro_score
+from ippro_tp.graph.groups import groups_of, read_group
+from ippro_tp.tracing.extension import LiteralExtension
 
 from .nets import CASES, make_pruner
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ippro_tp import Compensation, ObservationError, PROImportance, SpaSPImportance
-from ippro_tp.groups import groups_of
-from ippro_tp.statistics import Sums
+from ippro_tp.estimators.sums import Sums
+from ippro_tp.graph.groups import groups_of
 
 from .nets import CASES, make_pruner
 

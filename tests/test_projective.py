@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ippro_tp.projective import SCORE_LIMIT, embed, pro_excess, pro_score, tan_angle
+from ippro_tp.estimators.projective import SCORE_LIMIT, embed, pro_excess, pro_score, tan_angle
 
 
 def sums(filters, grad):

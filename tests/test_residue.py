@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ippro_tp import NotCalibratedError, ObservationError, PROImportance
-from ippro_tp.groups import groups_of
+from ippro_tp.graph.groups import groups_of
 
 from .nets import CASES
 

@@ -12,7 +12,8 @@ import torch_pruning as tp
 import torchvision
 from torch import nn
 
-from ippro_tp import Compensation, PROImportance, load_pruned, save_pruned, saving
+from ippro_tp import Compensation, PROImportance, load_pruned, save_pruned
+from ippro_tp.pruning import saving
 
 from .nets import CASES, make_pruner
 

@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from ippro_tp import PROImportance, SpaSPImportance
-from ippro_tp.groups import groups_of, read_group
+from ippro_tp.graph.groups import groups_of, read_group
 
 from .nets import make_pruner
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.models.cifar_resnet import CifarResNet
-from ippro_tp import NotCalibratedError, ObservationError, SpaSPImportance, StaleStatisticsError, spasp
-from ippro_tp import spasp_math as maths
+from ippro_tp import NotCalibratedError, ObservationError, SpaSPImportance, StaleStatisticsError
+from ippro_tp.estimators import spasp_math as maths
+from ippro_tp.importance import spasp
 
 WEIGHTS = Path(__file__).parents[1].parent / "shared" / "weights" / "cifar10_resnet20.safetensors"
 

@@ -2,7 +2,7 @@ import gc
 
 import torch
 
-from ippro_tp.tensormap import TensorMap
+from ippro_tp.tracing.tensormap import TensorMap
 
 
 def test_values_go_with_their_tensors():

@@ -23,7 +23,8 @@ from benchmarks.prune import build_pruner
 from benchmarks.scores import FrozenScores, GroupKey, group_key, prunable_groups
 from benchmarks.tables import github_table, spread
 from benchmarks.tasks import Task, build_task, defaults_of
-from ippro_tp.groups import CHANNEL_NORMS, read_group
+from ippro_tp.graph.groups import read_group
+from ippro_tp.layers import CHANNEL_NORMS
 
 CRITERIA = (
     "l1", "l2", "bn", "lamp", "fpgm", "taylor", "hessian", "ispasp", "pro", "pro-paper-lam1", "pro-paper-lam0.001",

@@ -13,7 +13,9 @@ from benchmarks.errors import UsageError
 from benchmarks.prune import build_pruner
 from benchmarks.scores import prunable_groups
 from benchmarks.tasks import Task
-from ippro_tp.groups import CHANNEL_NORMS, GroupRecord, Layer, read_group
+from ippro_tp.graph.groups import read_group
+from ippro_tp.layers import CHANNEL_NORMS
+from ippro_tp.records import GroupRecord, Layer
 
 KINDS = ("between layers", "before BatchNorm")
 TOLERANCE = 1e-3

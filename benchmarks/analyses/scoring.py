@@ -19,7 +19,8 @@ from benchmarks.prune import PruneConfig, build_pruner
 from benchmarks.scores import FrozenScores, freeze
 from benchmarks.tasks import Batch, Task, TaskConfig
 from ippro_tp import FisherNoise, PROImportance
-from ippro_tp.estimators import PaperEstimator, reduce_layers
+from ippro_tp.estimators.base import reduce_layers
+from ippro_tp.estimators.paper import PaperEstimator
 
 MODES = ("eval", "train")
 

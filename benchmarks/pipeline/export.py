@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.errors import UsageError
-from ippro_tp.losses import main_output
+from ippro_tp.calibration.losses import main_output
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4

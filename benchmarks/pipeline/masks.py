@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.pipeline.data import FolderImages
 from benchmarks.pipeline.objectives import Segmentation, mean_iou
-from ippro_tp.losses import main_output
+from ippro_tp.calibration.losses import main_output
 
 ROWS = 4
 

@@ -20,7 +20,7 @@ from benchmarks.pipeline.config import PruneRunConfig
 from benchmarks.pipeline.seeds import seeded
 from benchmarks.tasks.imagefolder import IMAGENET, output_indices
 from ippro_tp import load_pruned
-from ippro_tp.losses import main_output
+from ippro_tp.calibration.losses import main_output
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.evaluate import accuracy
 from benchmarks.tasks.base import Batch
-from ippro_tp.losses import main_output
+from ippro_tp.calibration.losses import main_output
 
 TEMPERATURE = 2.0
 

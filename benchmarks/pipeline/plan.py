@@ -27,7 +27,7 @@ from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
 from benchmarks.search import Found, find_ratio
 from benchmarks.tasks.base import Batch
 from ippro_tp import Compensation
-from ippro_tp.groups import read_group
+from ippro_tp.graph.groups import read_group
 
 TOLERANCE = 0.01
 """A target is met within this fraction of the unpruned network, and within a tenth of itself."""

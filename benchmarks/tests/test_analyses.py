@@ -23,7 +23,7 @@ from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
 from benchmarks.tasks import digits
 from benchmarks.tasks.base import TaskConfig
 from ippro_tp import PROImportance
-from ippro_tp.projective import pro_excess
+from ippro_tp.estimators.projective import pro_excess
 
 
 @pytest.fixture

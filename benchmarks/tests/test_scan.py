@@ -75,7 +75,7 @@ def test_reasons_are_kept(finished):
     assert "12" in record_of(out, "FixedWidth")["stages"]["magnitude local"]["error"]["message"]
     moody = record_of(out, "Moody")["stages"]["calibrate local"]["error"]
     assert moody["type"] == "ObservationError"
-    assert moody["own_frame"].startswith("ippro_tp/observer.py")
+    assert moody["own_frame"].startswith("ippro_tp/tracing/observer.py")
     assert record_of(out, "Hungry")["stages"]["trace"]["error"]["type"] == "MemoryLimit"
     assert "exit code 3" in record_of(out, "Dying")["stages"]["trace"]["error"]["message"]
     assert "pixels will not do" in record_of(out, "Unbuildable")["stages"]["build"]["error"]["message"]

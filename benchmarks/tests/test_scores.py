@@ -13,7 +13,7 @@ from benchmarks.errors import UsageError
 from benchmarks.prune import PruneConfig, build_pruner, prune, size, staggered_ratios
 from benchmarks.scores import FrozenScores, coupling_of, freeze, group_key, prunable_groups
 from ippro_tp import PROImportance
-from ippro_tp.coupling import COUPLING, Coupling
+from ippro_tp.estimators.coupling import COUPLING, Coupling
 
 
 @pytest.fixture

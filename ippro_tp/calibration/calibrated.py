@@ -1,0 +1,429 @@
+"""The calibration interface every criterion of this package shares: observe, calibrate, and what they keep."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from ..errors import NotCalibratedError, ObservationError, StaleStatisticsError
+from ..estimators.sums import Sums
+from ..graph.groups import check_widths, group_key, groups_of, index_tensor, is_unchanged, read_group
+from ..records import GroupRecord, Layer
+from .batches import as_call, batches_of, cut
+from .guard import preserved
+from .processes import all_or_none, all_reduce, gather, several, unsynchronised
+from .subject import eagerly, resolve
+
+Self = TypeVar("Self", bound="Calibrated")
+LossFn = Callable[[Any, Any], Tensor]
+
+
+class Observation(Protocol):
+    """What watches the model while a user's loop runs."""
+
+    sums: Sums
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *exc: Any) -> None: ...
+    def finish(self) -> None:
+        """Called after a loop without errors, with all hooks gone."""
+
+
+class Calibrated(abc.ABC):
+    """Base of criteria whose scores are functions of sums gathered over a calibration set.
+
+    Every ``observe`` (and every ``calibrate``) starts anew; use :meth:`merge` to add calibrations up. An
+    exception inside leaves the previous statistics in place.
+    """
+
+    needs_gradients = True
+
+    def __init__(self) -> None:
+        self._sums: Sums | None = None
+        self._records: dict[str, GroupRecord] = {}
+        self._ranks_globally = False  # whether the pruner that was calibrated compares layers with each other
+        self._model: weakref.ref[nn.Module] | None = None
+        self._weights: dict[str, weakref.ref[Tensor]] = {}
+        self._cache: dict[str, Tensor] = {}
+
+    # -- to be filled in by a criterion ------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _observation(
+        self,
+        model: nn.Module,
+        groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
+        **options: Any,
+    ) -> Observation:
+        """Make the object that watches ``model``; ``groups`` gives the records at the first call."""
+
+    @abc.abstractmethod
+    def _commit(self, observation: Any) -> None:
+        """Take over what a criterion keeps besides sums."""
+
+    @abc.abstractmethod
+    def _default_loss(self) -> LossFn:
+        """The loss of ``calibrate`` when the user gives none."""
+
+    # -- calibration -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def observe(self: Self, target: Any, **options: Any) -> Iterator[Self]:
+        """Watch the model while your own loop runs.
+
+        Args:
+            target: a ``torch_pruning`` pruner or ``DependencyGraph``; or a model, whose groups are then traced
+                from the first batch. Of a DistributedDataParallel wrapper its ``.module`` is taken.
+            **options: of the criterion; see its ``observe`` or class docstring.
+
+        Yields:
+            This object.
+
+        Raises:
+            ObservationError: what the loop did cannot be used; the message says what to change.
+            TypeError: ``target`` is none of the above.
+            RuntimeError: the ranks observed different models.
+
+        On exit, also after an exception, hooks, ``.grad``, buffers, ``requires_grad`` and train/eval flags of
+        the model are as before. An optimizer step inside does nothing: there are no gradients to step along.
+
+        Under ``torch.distributed`` every rank has to enter. On exit the statistics are added up over the ranks;
+        if one of them failed, all raise and keep what they had.
+        """
+        graph, model = resolve(target)
+        records: dict[str, GroupRecord] = {}
+
+        def groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[GroupRecord]:
+            for group in groups_of(target if graph is not None else _trace(model, args, kwargs)):
+                record = read_group(group)
+                records[record.key] = record
+            return records.values()
+
+        with all_or_none():
+            with preserved(model), unsynchronised(target), eagerly():
+                observation = self._observation(model, groups, **options)
+                with observation:
+                    yield self
+            observation.finish()
+            if not observation.sums.all_finite():
+                raise ObservationError(
+                    "the statistics hold NaN or inf: a loss or an activation was not finite during calibration. "
+                    "Check the loss and the inputs; under fp16 autocast use bf16, or a GradScaler that "
+                    "observe(..., loss_scale=scaler) is told of."
+                )
+        _check_same_groups(records)
+        all_reduce(observation.sums)
+        self._ranks_globally = bool(getattr(target, "global_pruning", False))
+        self._commit(observation)
+        if several():  # what the first batch showed may differ between ranks; scores must not
+            self._load_extra_state(gather(self._extra_state())[0])
+        self._sums = observation.sums
+        self._records = records
+        self._cache = {}
+        self._asked_by(target)
+        self._model = weakref.ref(model)
+        self._weights = {n: weakref.ref(w) for n, w in _weights_of(model, records.values()).items()}
+
+    def calibrate(
+        self: Self,
+        target: Any,
+        loader: Iterable[Any],
+        loss_fn: LossFn | None = None,
+        max_samples: int | None = None,
+        progress: bool = True,
+        passes: int = 1,
+        **options: Any,
+    ) -> Self:
+        """Run the calibration loop: ``observe`` in one call, with the model in eval mode.
+
+        Args:
+            target: as for :meth:`observe`.
+            loader: iterable of ``(inputs, targets)`` batches, or of inputs alone where no targets are needed.
+                ``inputs`` is a tensor, a tuple of positional or a dict of keyword arguments; tensors are moved
+                to the model's device.
+            loss_fn: ``(outputs, targets) -> scalar``, averaged over the batch; ``None`` takes the criterion's
+                own loss.
+            max_samples: stop after so many samples; the last batch is cut.
+            progress: show a progress bar if tqdm is installed.
+            passes: how often the loader is gone through. A loss that draws noise, as ``PROImportance``'s own does,
+                draws anew each time: five passes over 200 images rank better than one.
+            **options: passed on to :meth:`observe`.
+
+        Returns:
+            This object.
+
+        Raises:
+            ValueError: the loader is empty, or ``loss_fn`` does not return a scalar tensor; ``passes`` is less
+                than one, or more and the loader is an iterator.
+            ObservationError: see :meth:`observe`.
+        """
+        if passes < 1:
+            raise ValueError(f"passes={passes!r}; it must be at least 1")
+        if passes > 1 and iter(loader) is loader:
+            raise ValueError(f"passes={passes}: an iterator can be gone through once only; give a loader")
+        _, model = resolve(target)
+        loss_fn = loss_fn or self._default_loss()
+        with self.observe(target, **options):
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            model.eval()
+            for _ in range(passes):
+                for inputs, targets in batches_of(loader, device, max_samples, progress, type(self).__name__):
+                    self._run(model, inputs, targets, loss_fn)
+        return self
+
+    def _run(self, model: nn.Module, inputs: Any, targets: Any, loss_fn: LossFn) -> None:
+        """Forward, and backward where the criterion needs it."""
+        args, kwargs = as_call(inputs)
+        if not self.needs_gradients:
+            with torch.no_grad():
+                model(*args, **kwargs)
+            return
+        with torch.enable_grad():
+            loss = loss_fn(model(*args, **kwargs), targets)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"loss_fn returned {what}; it must return one number, the mean over the batch.")
+            if not loss.requires_grad:
+                raise ObservationError(
+                    "the loss does not depend on the model's activations: it was detached, or the model ran "
+                    "under torch.no_grad()."
+                )
+            loss.backward()
+
+    # -- what is kept ------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all statistics."""
+        self._sums, self._records, self._cache = None, {}, {}
+        self._model, self._weights = None, {}
+
+    def merge(self, other: Calibrated) -> None:
+        """Add the statistics of another object, calibrated on other data with the same model and settings.
+
+        Raises:
+            NotCalibratedError: ``other`` holds no statistics.
+            ValueError: settings or groups differ.
+        """
+        if other._sums is None:
+            raise NotCalibratedError("the other object holds no statistics to merge: calibrate it first.")
+        if type(other) is not type(self) or other._settings() != self._settings():
+            raise ValueError(f"settings differ: {self._settings()} and {other._settings()}")
+        if self._sums is None:
+            self.load_state_dict(other.state_dict())
+            return
+        if {k: r.width for k, r in self._records.items()} != {k: r.width for k, r in other._records.items()}:
+            raise ValueError("the two were calibrated on models with different groups or widths.")
+        self._sums.merge(other._sums)
+        self._cache = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics and groups, of plain types and CPU tensors (``torch.load(..., weights_only=True)``).
+
+        Raises:
+            NotCalibratedError: there is nothing to save.
+        """
+        if self._sums is None:
+            raise NotCalibratedError(self._how_to_calibrate())
+        return {
+            "settings": self._settings(),
+            "ranks_globally": self._ranks_globally,
+            "sums": self._sums.state_dict(),
+            "groups": [_pack_record(record) for record in self._records.values()],
+            "extra": self._extra_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, here or in another process.
+
+        Raises:
+            ValueError: the state was made with other settings, or by another version, or is something else. What
+                was calibrated before is then still there.
+        """
+        loaded = copy.copy(self)
+        try:
+            if state["settings"] != self._settings():
+                raise ValueError(
+                    f"the state was made with {state['settings']}, this object has {self._settings()}. Make it "
+                    "with the same settings."
+                )
+            loaded.reset()
+            loaded._sums = Sums({name: value.clone() for name, value in state["sums"].items()})
+            records = [_unpack_record(packed) for packed in state["groups"]]
+            loaded._records = {record.key: record for record in records}
+            loaded._ranks_globally = bool(state["ranks_globally"])
+            loaded._load_extra_state(state["extra"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"this is no state_dict() of a {type(self).__name__} of this version ({error!r}): calibrate again."
+            ) from error
+        self.__dict__.update(loaded.__dict__)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be equal for statistics to be added up: plain types only."""
+        return {"class": type(self).__name__}
+
+    def _asked_by(self, target: Any) -> None:
+        """Note the pruner that was calibrated: its steps will ask for scores."""
+        return
+
+    def _extra_state(self) -> Any:
+        return None
+
+    def _load_extra_state(self, extra: Any) -> None:
+        return None
+
+    # -- finding a group again ---------------------------------------------------------------------------------
+
+    def _lookup(self, group: Any) -> tuple[GroupRecord, Tensor] | None:
+        """The record that ``group`` belongs to and the position in it of each of the group's channels.
+
+        Returns:
+            ``None`` where the group has no producer.
+
+        Raises:
+            NotCalibratedError, StaleStatisticsError: the statistics do not cover the group.
+        """
+        known = self._records.get(group_key(group))
+        current = known if known is not None and is_unchanged(known, group) else read_group(group)
+        if not current.producers:
+            return None
+        if self._sums is None:
+            raise NotCalibratedError(self._how_to_calibrate())
+        record = self._records.get(current.key) or self._record_holding(current)
+        if record is None:
+            raise NotCalibratedError(
+                f"group {current.key!r} was not part of the calibration: its layers were ignored by the pruner, "
+                "or the graph is another one. Calibrate with the pruner (or graph) that asks for scores."
+            )
+        check_widths(record, current)
+        self._check_weights(group._DG.model, current)
+        same_root = record.key == group_key(group)
+        positions = index_tensor(group[0][1]) if same_root else _match(record, current)
+        if positions.numel() and int(positions.max()) >= record.width:
+            raise StaleStatisticsError(
+                f"group {current.key!r} asks for channel {int(positions.max())} of {record.width}: the model has "
+                "changed since calibration. Calibrate again."
+            )
+        return record, positions
+
+    def _record_holding(self, current: GroupRecord) -> GroupRecord | None:
+        names = {layer.name for layer in current.producers}
+        for record in self._records.values():
+            if names <= {layer.name for layer in record.producers}:
+                return record
+        return None
+
+    def _replaced(self, model: nn.Module, records: Iterable[GroupRecord]) -> str | None:
+        """A layer whose weight is another one than at calibration: pruning replaces weights."""
+        if self._model is None or self._model() is not model:
+            return None  # a copy of the model, or statistics from a file: widths are all that can be compared
+        now = _weights_of(model, records)
+        return next((n for n, w in now.items() if n in self._weights and self._weights[n]() is not w), None)
+
+    def _check_weights(self, model: nn.Module, current: GroupRecord) -> None:
+        if (changed := self._replaced(model, [current])) is not None:
+            raise StaleStatisticsError(
+                f"the weight of {changed!r} was replaced since calibration: the model has been pruned. Calibrate "
+                "again before the next step."
+            )
+
+    def _how_to_calibrate(self) -> str:
+        return (
+            f"{type(self).__name__} has no statistics yet. Before pruner.step(), run\n"
+            "    importance.calibrate(pruner, loader)\n"
+            "or, around your own loop,\n"
+            "    with importance.observe(pruner):\n"
+            "        for images, labels in loader:\n"
+            "            loss_fn(model(images), labels).backward()"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Object identities mean nothing in another process or in a copy.
+        return {**self.__dict__, "_weights": {}, "_model": None}
+
+
+def _check_same_groups(records: Mapping[str, GroupRecord]) -> None:
+    """Raise ObservationError on every rank unless all of them calibrated the same groups."""
+    everyones = gather({key: record.width for key, record in records.items()})
+    odd = next((rank for rank, widths in enumerate(everyones) if widths != everyones[0]), None)
+    if odd is not None:
+        raise ObservationError(
+            f"rank {odd} calibrated other groups or widths than rank 0. Give every rank the same model and pruner."
+        )
+
+
+def _weights_of(model: nn.Module, records: Iterable[GroupRecord]) -> dict[str, Tensor]:
+    names = {layer.name for record in records for layer in record.producers}
+    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in names}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
+def _match(record: GroupRecord, current: GroupRecord) -> Tensor:
+    """Positions in ``record`` of the channels of ``current``, a group of the same layers rooted elsewhere."""
+    positions = torch.full((current.width,), -1, dtype=torch.long)
+    known = {layer.name: layer for layer in record.producers}
+    for layer in current.producers:
+        then = known[layer.name]
+        lookup = torch.full((layer.channels,), -1, dtype=torch.long)
+        lookup[then.index] = then.root
+        positions[layer.root] = torch.maximum(positions[layer.root], lookup[layer.index])
+    if (positions < 0).any():
+        raise NotCalibratedError(
+            f"group {current.key!r} holds channels that group {record.key!r} of the calibration does not. "
+            "Calibrate with the pruner (or graph) that asks for scores."
+        )
+    return positions
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dependency graph of a bare model, from one sample of its first batch."""
+    args, kwargs = cut(args, 1), cut(kwargs, 1)
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(True)  # TP follows autograd: frozen layers would be invisible
+        with torch.enable_grad():  # forward-only criteria are calibrated under no_grad
+            return tp.DependencyGraph().build_dependency(
+                model, example_inputs=None, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False
+            )
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _pack_record(record: GroupRecord) -> dict[str, Any]:
+    def pack(layers: Iterable[Layer]) -> list[dict[str, Any]]:
+        return [{"name": x.name, "index": x.index, "root": x.root, "channels": x.channels} for x in layers]
+
+    return {
+        "key": record.key,
+        "width": record.width,
+        "producers": pack(record.producers),
+        "consumers": pack(record.consumers),
+        "problems": list(record.problems),
+        "members": list(record.members),
+        "tied": record.tied,
+    }
+
+
+def _unpack_record(packed: Mapping[str, Any]) -> GroupRecord:
+    return GroupRecord(
+        packed["key"],
+        packed["width"],
+        tuple(Layer(**x) for x in packed["producers"]),
+        tuple(Layer(**x) for x in packed["consumers"]),
+        tuple(packed["problems"]),
+        tuple(packed.get("members", ())),
+        packed.get("tied"),
+    )

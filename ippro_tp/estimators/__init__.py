@@ -1,0 +1,1 @@
+"""Pure maths: tensors and index tensors in, tensors out. No Torch-Pruning, no hooks."""

@@ -1,0 +1,117 @@
+r"""The expectation, over samples, of the size of each sample's own projective offset.
+
+Freeze the reference coordinate D and take the step that is natural on projective space,
+:math:`\lambda\lVert F\rVert^2`: as :math:`\lambda \to 0`, sample n moves the logarithm of :math:`\tan\theta` by
+:math:`-\lambda\,t_n` with :math:`t_n = F\cdot\nabla_n`. The extension with sigma = identity at the producer's
+output gives :math:`t_n` directly; no weight gradient is formed. The accumulated gradient of Eq. 4 is a *signed*
+sum that vanishes at a trained optimum, so important channels are as likely to rank low as high; :math:`E_n|t_n|`
+does not cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..records import GroupRecord, Layer, Pass, Wiring
+from .base import reduce_layers
+from .coupling import Coupling, offset_products
+from .sums import Sums
+
+
+class ExpectedEstimator:
+    """Mean over samples of the size of the offset of each sample.
+
+    Args:
+        power: 1 for the mean of abs(t), 2 for the mean of t squared.
+        joint: one point a group: sum t over the producers of a channel, then take the size.
+        loss_scale: ``(batch size) -> factor`` that turns gradients of the loss into per-sample gradients.
+        coupled: also gather what :meth:`coupling` needs; with ``joint`` only.
+    """
+
+    name = "expected"
+    taps_activations = False
+    taps_through_norms = False
+    taps_inputs = False
+    centered: frozenset[str] = frozenset()
+
+    def __init__(self, power: int, joint: bool, loss_scale: Callable[[int], float], coupled: bool = False) -> None:
+        self._power, self._joint, self._loss_scale, self._coupled = power, joint, loss_scale, coupled
+        self._plans: dict[tuple[Layer, torch.device], tuple[Tensor, Tensor] | None] = {}
+
+    def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
+        """None: offsets come from activations' gradients alone."""
+        return {}
+
+    def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
+        """Add the sizes of one batch's offsets, ``(width,)`` a group (or a layer)."""
+        device = next(iter((*done.outputs.values(), *done.inputs.values()))).device
+        sums.add("samples", torch.full((), float(done.batch), dtype=torch.float64, device=device))
+        scale = self._loss_scale(done.batch)
+        for record in records:
+            if not self._joint:
+                for layer, part in self._parts(record, done):
+                    sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
+            elif (offsets := self._offsets(record, done)) is not None:
+                self._add(sums, record, offsets * scale, done)
+
+    def _add(self, sums: Sums, record: GroupRecord, offsets: Tensor, done: Pass) -> None:
+        """Add what is kept of the ``(batch, width)`` offsets of a group as one point."""
+        sums.add(record.key, self._size(offsets))
+        if self._coupled:
+            sums.add(f"{record.key}#products", offset_products(offsets))
+
+    def _parts(self, record: GroupRecord, done: Pass) -> list[tuple[Layer, Tensor]]:
+        """Per producer, the ``(batch, width)`` offsets of its channels."""
+        layers = [layer for layer in record.producers if layer.name in done.outputs]
+        return [(layer, self._gather(record, layer, done.outputs[layer.name])) for layer in layers]
+
+    def _offsets(self, record: GroupRecord, done: Pass) -> Tensor | None:
+        """``(batch, width)``, those of the whole group as one point; ``None`` if it was not called."""
+        parts = [part for _, part in self._parts(record, done)]
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def coupling(self, sums: Sums, record: GroupRecord) -> Coupling | None:
+        """How the offsets of the group's channels go together; ``None`` if it was not gathered."""
+        products = sums.get(f"{record.key}#products")
+        return None if products is None else Coupling(products, record.tied)
+
+    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
+        """None: offsets are those at the producers."""
+        return set(), set()
+
+    def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
+        """Producers that no channel norm stands for."""
+        return tuple(p for p in record.producers if p.name not in wiring.norm_of)
+
+    def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
+        """Mean size over the samples."""
+        if reduction == "joint":
+            total = sums.get(record.key)
+            return (total if total is not None else torch.zeros(record.width)) / sums["samples"]
+        layers = [p for p in self.layers(record, wiring) if f"{record.key}/{p.name}" in sums]
+        if not layers:
+            return torch.zeros(record.width)
+        # Rows are in the group's coordinates already (see _gather), so each layer maps 0..width-1 to itself.
+        values = [sums[f"{record.key}/{layer.name}"] / sums["samples"] for layer in layers]
+        own = torch.arange(record.width)
+        aligned = [Layer(layer.name, own, own, record.width) for layer in layers]
+        return reduce_layers(values, aligned, record.width, reduction)
+
+    def _size(self, t: Tensor) -> Tensor:
+        return (t.abs() if self._power == 1 else t.square()).sum(0, dtype=torch.float64)
+
+    def _gather(self, record: GroupRecord, layer: Layer, t: Tensor) -> Tensor:
+        """``(batch, layer channels)`` -> ``(batch, group width)``."""
+        key = (layer, t.device)
+        if key not in self._plans:
+            aligned = layer.aligned and layer.channels == record.width
+            self._plans[key] = None if aligned else (layer.index.to(t.device), layer.root.to(t.device))
+        plan = self._plans[key]
+        if plan is None:
+            return t
+        return t.new_zeros(t.shape[0], record.width).index_add_(1, plan[1], t[:, plan[0]])

@@ -1,0 +1,1 @@
+"""All that is known of Torch-Pruning: groups as index tensors, units, costs."""

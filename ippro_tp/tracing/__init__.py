@@ -1,0 +1,1 @@
+"""What a forward and backward pass did: taps, channels, rows of samples."""

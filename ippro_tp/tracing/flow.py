@@ -1,0 +1,204 @@
+"""Where the channels of a layer go: labels that travel with tensors through one forward pass.
+
+A forward pass is watched call by call. The output of a producer carries a :class:`Label`: which axis holds
+which channels of which layer. Operations that keep channels apart (normalisation, add, concat, split,
+pooling, flatten, permute, ...) hand the label on; operations that mix channels end it. So when an activation
+is called, its argument's label says whose activation it is, no matter whether the call comes from a module, a
+function, a method or an in-place operation, and how often a module is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..records import Label, Span
+from .tensormap import TensorMap
+
+# fmt: off
+ACTIVATIONS = frozenset({
+    "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "prelu", "rrelu", "threshold", "gelu",
+    "silu", "mish", "hardswish", "softplus", "softsign", "tanh", "sigmoid", "hardsigmoid", "logsigmoid",
+    "relu_", "hardtanh_", "leaky_relu_", "elu_", "selu_", "celu_", "rrelu_", "threshold_", "silu_", "mish_",
+    "hardswish_", "tanh_", "sigmoid_", "hardsigmoid_",
+})
+"""Element-wise functions, by the name PyTorch calls them, that count as the activation after a layer."""
+
+MIXING = frozenset({
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
+    "bilinear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "tensordot",
+    "scaled_dot_product_attention", "multi_head_attention_forward", "softmax", "log_softmax", "glu",
+    "cross_entropy", "nll_loss", "embedding", "one_hot", "cumsum", "sort", "topk", "argmax", "backward",
+})
+"""Functions after which channels are no longer what they were."""
+# fmt: on
+
+
+def _union(labels: list[Label]) -> Label:
+    axis = labels[0].axis
+    spans = dict.fromkeys(span for label in labels if label.axis == axis for span in label.spans)
+    return Label(axis, tuple(spans))
+
+
+class ChannelFlow:
+    """Labels of the tensors of one forward pass."""
+
+    def __init__(self) -> None:
+        self._labels: TensorMap[Label] = TensorMap()
+        self.crossed: set[frozenset[str]] = set()  # layers whose channels met along different axes
+
+    def __getitem__(self, x: Any) -> Label | None:
+        return self._labels.get(x) if isinstance(x, Tensor) else None
+
+    def set(self, x: Tensor, label: Label | None) -> None:
+        """Label ``x``, or remove its label."""
+        if label is not None:
+            self._labels[x] = label
+        else:
+            self._labels.discard(x)
+
+    def propagate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Label the result of ``func(*args, **kwargs)``."""
+        name = getattr(func, "__name__", "")
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if name in MIXING:
+            return
+        if name in ("cat", "concat", "concatenate"):
+            self._concat(first, args, kwargs, out)
+            return
+        operands = (first,) if name.endswith("_as") else (*args, *kwargs.values())  # the others give a shape
+        labelled = [(x, label) for x in operands if (label := self[x]) is not None]
+        if not labelled:
+            return
+        x, label = labelled[0]
+        if isinstance(out, (tuple, list)):
+            self._split(x, label, out)
+        elif isinstance(out, Tensor) and out is not None:
+            if len(labelled) > 1:
+                same = [lab for t, lab in labelled if t.dim() == out.dim()]
+                # A single channel is never removed: what it is tied to does not matter.
+                self._cross([lab for t, lab in labelled if t.shape == out.shape and t.shape[lab.axis] > 1])
+                label = _union(same or [label])
+            self.set(out, _carry(name, x, label, args, kwargs, out))
+
+    def _cross(self, labels: list[Label]) -> None:
+        for one in labels:
+            for other in labels:
+                if one.axis != other.axis:
+                    pairs = ((a.layer, b.layer) for a in one.spans for b in other.spans if a.layer != b.layer)
+                    self.crossed.update(map(frozenset, pairs))
+
+    def _concat(self, parts: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        dim = int(kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))) % out.dim()
+        spans: list[Span] = []
+        at = 0
+        axes = {label.axis for part in parts if (label := self[part]) is not None}
+        if len(axes) != 1:
+            return
+        axis = axes.pop()
+        for part in parts:
+            label = self[part]
+            if label is not None:
+                spans += [replace(s, at=s.at + (at if dim == axis else 0)) for s in label.spans]
+            at += part.shape[dim]
+        self.set(out, Label(axis, tuple(dict.fromkeys(spans))))
+
+    def _split(self, x: Tensor, label: Label, parts: Any) -> None:
+        """Parts of x along the label's axis, as from split, chunk, tensor_split."""
+        tensors = [p for p in parts if isinstance(p, Tensor)]
+        if not tensors or len(tensors) != len(parts) or any(p.dim() != x.dim() for p in tensors):
+            return
+        axis = label.axis
+        along = sum(p.shape[axis] for p in tensors) == x.shape[axis] and len(tensors) > 1
+        at = 0
+        for part in tensors:
+            if along:
+                self.set(part, label.narrowed(at, part.shape[axis]))
+                at += part.shape[axis]
+            elif part.shape[axis] == x.shape[axis]:
+                self.set(part, label)
+
+
+def _carry(
+    name: str, x: Tensor, label: Label, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> Label | None:
+    """The label of ``out``, computed from ``x`` alone; ``None`` where channels cannot be followed."""
+    axis, size = label.axis, x.shape[label.axis]
+    if (moved := moved_axis(name, x, axis, args, kwargs)) is not None:
+        return replace(label, axis=moved)
+    if name in ("__get__", "t") and out.dim() == 2 and x.dim() == 2 and out.shape == x.shape[::-1]:
+        return replace(label, axis=1 - axis) if out.shape != x.shape else None
+    if name in ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze"):
+        return _reshaped(label, x, out)
+    if name in ("narrow", "__getitem__", "select", "index_select"):
+        return _sliced(name, label, x, args, out)
+    if out.dim() == x.dim():
+        # Channels of a broadcast operand stand where they stood; everything else must keep the axis.
+        return label if out.shape[axis] == size else None
+    if name in ("mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "logsumexp"):
+        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if dims is None:
+            return None
+        gone = {int(d) % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+        return None if axis in gone else replace(label, axis=axis - sum(d < axis for d in gone))
+    return None
+
+
+def moved_axis(name: str, x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Where transpose or permute puts an axis; ``None`` for other functions."""
+    if name in ("transpose", "swapaxes", "swapdims") and len(args) >= 3:
+        a, b = int(args[1]) % x.dim(), int(args[2]) % x.dim()
+        return {a: b, b: a}.get(axis, axis)
+    if name == "permute":
+        dims = kwargs.get("dims", args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:])
+        return [int(d) % x.dim() for d in dims].index(axis)
+    return None
+
+
+def _reshaped(label: Label, x: Tensor, out: Tensor) -> Label | None:
+    """Find the axis of ``out`` that begins where the channel axis of ``x`` begins (row-major)."""
+    before = math.prod(x.shape[: label.axis])
+    size = x.shape[label.axis]
+    for axis in range(out.dim()):
+        if math.prod(out.shape[:axis]) != before or out.shape[axis] == 1:
+            continue
+        if out.shape[axis] == size:
+            return replace(label, axis=axis)
+        if out.shape[axis] % size == 0:
+            repeat = out.shape[axis] // size
+            spans = tuple(replace(s, at=s.at * repeat, repeat=s.repeat * repeat) for s in label.spans)
+            return Label(axis, spans)
+        return None
+    return None
+
+
+def _sliced(name: str, label: Label, x: Tensor, args: tuple[Any, ...], out: Tensor) -> Label | None:
+    """Follow ``x[...]`` of ints, full slices and one plain slice on the channel axis, and ``narrow``."""
+    if name == "narrow":
+        dim, start, length = int(args[1]) % x.dim(), int(args[2]), int(args[3])
+        return label.narrowed(start, length) if dim == label.axis else label
+    if name == "select":
+        dim = int(args[1]) % x.dim()
+        return None if dim == label.axis else replace(label, axis=label.axis - (dim < label.axis))
+    if name == "index_select":
+        return label if int(args[1]) % x.dim() != label.axis else None
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if any(not isinstance(i, (int, slice, type(Ellipsis))) for i in index):
+        return None
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        fill = (slice(None),) * (x.dim() - len(index) + 1)
+        index = index[:at] + fill + index[at + 1 :]
+    axis = label.axis
+    here = index[axis] if axis < len(index) else slice(None)
+    if not isinstance(here, slice):
+        return None
+    start, stop, step = here.indices(x.shape[axis])
+    if step != 1:
+        return None
+    moved = replace(label, axis=axis - sum(isinstance(i, int) for i in index[:axis]))
+    return moved if (start, stop) == (0, x.shape[axis]) else moved.narrowed(start, max(0, stop - start))
