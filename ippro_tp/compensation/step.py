@@ -40,8 +40,9 @@ class Compensation:
     Layer by layer, in forward order, the weight becomes the ridge regression of the layer's outputs in the uncut
     model on what it reads in the cut one, where all layers before it are refitted already
     (:mod:`compensation.regression`). The part of a removed channel that the remaining ones predict is folded into
-    their weights, and errors of earlier layers are repaired. The mean goes into the bias, or into the running mean
-    of the BatchNorm that alone reads the output. Labels and gradients are not needed, and it works for any criterion.
+    their weights, and errors of earlier layers are repaired. The mean goes into the bias, or into the running
+    mean of the BatchNorm that alone reads the output. Labels and gradients are not needed, and it works for any
+    criterion.
 
     Convolutions of any stride, padding, dilation and grouping, transposed convolutions and Linear layers, also
     after flattening or concatenation, in residual streams and in transformers. Layers of other kinds

@@ -57,10 +57,10 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         depletion: makes channels dearer as others of their group go. ``"log"``: the loss of a group grows with the
             logarithm of what is left of it (see :mod:`estimators.depletion`); ``"coupled"``: besides, channels
             that pull the same way cost more together, and those that make up for each other less, by a part of
-            their covariance (see :mod:`estimators.coupling`), which is gathered then, up to 1,024 numbers a channel, and
-            the order within a group is another; ``None``: each counts by itself. ``"auto"``: for ``"expected"``,
-            where the pruner that was calibrated ranks globally and there is a ``cost``, ``"coupled"`` with
-            ``group_reduction="joint"``, ``"log"`` with others; else ``None``.
+            their covariance (see :mod:`estimators.coupling`), which is gathered then, up to 1,024 numbers a
+            channel, and the order within a group changes; ``None``: each counts by itself. ``"auto"``: for
+            ``"expected"``, where the pruner that was calibrated ranks globally and there is a ``cost``,
+            ``"coupled"`` with ``group_reduction="joint"``, ``"log"`` with others; else ``None``.
         cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
         power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared.
         reference: for ``"expected"`` with ``group_reduction="joint"``: what offsets are measured from.
