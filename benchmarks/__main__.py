@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import tyro
 
-from benchmarks import compare, mnist_two_layer, overhead, reconstruction, report, scan
-from benchmarks.analyses import calibration_size, correlation, curves, lam, magnitude
 from benchmarks.errors import UsageError
+from benchmarks.harness import compare, report
+from benchmarks.overhead import command as overhead
+from benchmarks.paper import calibration_size, correlation, curves, lam, magnitude, mnist_two_layer, reconstruction
 from benchmarks.pipeline import config as pipeline_config
 from benchmarks.pipeline import run as pipeline
 from benchmarks.pipeline import settings
+from benchmarks.scan import command as scan
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "compare": (compare.CompareConfig, compare.run),

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from benchmarks.cells import as_dict
-from benchmarks.criteria import find_criterion
+from benchmarks.criteria.registry import find_criterion
 from benchmarks.errors import UsageError
+from benchmarks.harness.cells import as_dict
 from benchmarks.pipeline.recipe import Recipe
 
 NEUTRAL = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.evaluate import accuracy
+from benchmarks.harness.evaluate import accuracy
 from benchmarks.tasks.base import Batch
 from ippro_tp.calibration.losses import main_output
 

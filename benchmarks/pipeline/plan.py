@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.cost import network_cost
-from benchmarks.criteria import find_criterion
+from benchmarks.criteria.registry import find_criterion
 from benchmarks.errors import UsageError
+from benchmarks.harness.cost import network_cost
+from benchmarks.harness.prune import PruneConfig, Pruned, build_pruner, prune, size, widths
+from benchmarks.harness.scores import FrozenScores, freeze, group_key, prunable_groups
+from benchmarks.harness.search import Found, find_ratio
 from benchmarks.pipeline.config import PruneRunConfig, layer_ratios
 from benchmarks.pipeline.networks import Network
 from benchmarks.pipeline.seeds import derive
-from benchmarks.prune import PruneConfig, Pruned, build_pruner, prune, size, widths
-from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
-from benchmarks.search import Found, find_ratio
 from benchmarks.tasks.base import Batch
 from ippro_tp import Compensation
 from ippro_tp.graph.groups import read_group

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.cells import as_dict, environment, write_json
 from benchmarks.errors import UsageError
-from benchmarks.evaluate import reestimate_batchnorm
+from benchmarks.harness.cells import as_dict, environment, write_json
+from benchmarks.harness.evaluate import reestimate_batchnorm
 from benchmarks.models.checkpoints import fingerprint
 from benchmarks.pipeline import dry, export
 from benchmarks.pipeline.config import PruneRunConfig, check, identity

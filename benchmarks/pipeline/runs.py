@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from benchmarks.harness.tables import github_table, spread
 from benchmarks.pipeline.figures import PHASES
-from benchmarks.tables import github_table, spread
 
 
 def read_runs(directory: Path) -> pd.DataFrame:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cells import environment, write_json
 from benchmarks.errors import UsageError
+from benchmarks.harness.cells import environment, write_json
 
 CONFIG, PROGRESS = "config.json", "progress"
 

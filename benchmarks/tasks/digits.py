@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.errors import UsageError
-from benchmarks.evaluate import accuracy
-from benchmarks.finetune import Recipe, finetune
+from benchmarks.harness.evaluate import accuracy
+from benchmarks.harness.finetune import Recipe, finetune
 from benchmarks.models.checkpoints import load_checkpoint
 from benchmarks.models.small_resnet import SmallResNet
 from benchmarks.tasks.base import Task, TaskConfig, TaskDefaults, TensorImages

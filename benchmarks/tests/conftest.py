@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.finetune import Recipe
+from benchmarks.harness.finetune import Recipe
 from benchmarks.models.small_resnet import SmallResNet
 from benchmarks.tasks import digits
 from benchmarks.tasks.base import Task, TensorImages

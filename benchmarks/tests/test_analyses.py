@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.__main__ import main
-from benchmarks.analyses import calibration_size, correlation, curves, lam, magnitude, rescale, scoring
-from benchmarks.analyses.accuracies import Accuracies
-from benchmarks.analyses.rows import Rows
 from benchmarks.errors import UsageError
-from benchmarks.evaluate import accuracy
-from benchmarks.prune import build_pruner
-from benchmarks.scores import FrozenScores, freeze, group_key, prunable_groups
+from benchmarks.harness.evaluate import accuracy
+from benchmarks.harness.prune import build_pruner
+from benchmarks.harness.scores import FrozenScores, freeze, group_key, prunable_groups
+from benchmarks.paper import calibration_size, correlation, curves, lam, magnitude, rescale, scoring
+from benchmarks.paper.accuracies import Accuracies
+from benchmarks.paper.rows import Rows
 from benchmarks.tasks import digits
 from benchmarks.tasks.base import TaskConfig
 from ippro_tp import PROImportance

@@ -7,12 +7,12 @@ import torch
 import torch_pruning as tp
 from torch.nn import functional as F
 
-from benchmarks import baselines
-from benchmarks.ablation import Ablation
-from benchmarks.criteria import find_criterion, known_criteria
+from benchmarks.criteria import baselines
+from benchmarks.criteria.ablation import Ablation
+from benchmarks.criteria.registry import find_criterion, known_criteria
 from benchmarks.errors import UsageError
-from benchmarks.prune import build_pruner
-from benchmarks.scores import freeze, group_key, prunable_groups
+from benchmarks.harness.prune import build_pruner
+from benchmarks.harness.scores import freeze, group_key, prunable_groups
 
 
 @pytest.fixture

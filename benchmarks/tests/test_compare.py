@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare
 from benchmarks.__main__ import main
-from benchmarks.cells import write_json
 from benchmarks.errors import UsageError
-from benchmarks.finetune import reinitialise
+from benchmarks.harness import compare
+from benchmarks.harness.cells import write_json
+from benchmarks.harness.finetune import reinitialise
+from benchmarks.harness.report import read_cells
 from benchmarks.models.small_resnet import SmallResNet
-from benchmarks.report import read_cells
 
 
 def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
@@ -97,7 +97,7 @@ def test_second_run_recomputes_nothing_and_changed_config_is_detected(quick_digi
 
 
 def test_failed_cell_stays_visible_and_is_tried_again(quick_digits, tmp_path, monkeypatch):
-    from benchmarks import criteria
+    from benchmarks.criteria import registry as criteria
 
     def broken(model, pruner, batches, seed):
         raise RuntimeError("no scores today")

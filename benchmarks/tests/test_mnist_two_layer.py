@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import mnist_two_layer
 from benchmarks.errors import UsageError
-from benchmarks.mnist_two_layer import MnistConfig
+from benchmarks.paper import mnist_two_layer
+from benchmarks.paper.mnist_two_layer import MnistConfig
 
 
 @pytest.fixture

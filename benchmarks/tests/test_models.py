@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from benchmarks.criteria import find_criterion
+from benchmarks.criteria.registry import find_criterion
 from benchmarks.errors import UsageError
+from benchmarks.harness.prune import PruneConfig, prune, size
 from benchmarks.models.checkpoints import load_checkpoint, read_state_dict
 from benchmarks.models.cifar import NETWORKS
 from benchmarks.models.cifar_resnet import BasicBlock, CifarResNet, option_a_shortcut
-from benchmarks.prune import PruneConfig, prune, size
 
 
 @pytest.mark.parametrize(("in_planes", "planes"), [(16, 32), (32, 64), (5, 10)])

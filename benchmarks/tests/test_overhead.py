@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.errors import UsageError
-from benchmarks.memory import counted_reads, peak_bytes, read_bandwidth
-from benchmarks.overhead import (
+from benchmarks.harness.scores import prunable_groups
+from benchmarks.overhead.command import (
     ARMS,
     BOTH,
     FORWARD,
@@ -21,7 +21,7 @@ from benchmarks.overhead import (
     score,
     table,
 )
-from benchmarks.scores import prunable_groups
+from benchmarks.overhead.memory import counted_reads, peak_bytes, read_bandwidth
 
 SMALL = OverheadConfig(batches=2, batch_size=3, rounds=1, image_size=16)
 
@@ -121,7 +121,7 @@ def test_freed_memory_is_kept():
     """A block that was freed is not fetched from the system again: no page faults. In a process of its own."""
     code = """
 import resource, torch
-from benchmarks.memory import keep_freed_memory
+from benchmarks.overhead.memory import keep_freed_memory
 assert keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

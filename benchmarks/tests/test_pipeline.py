@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.__main__ import main
 from benchmarks.errors import UsageError
-from benchmarks.evaluate import accuracy
+from benchmarks.harness.evaluate import accuracy
 from benchmarks.pipeline import plan as plans
 from benchmarks.pipeline.config import PruneRunConfig
 from benchmarks.pipeline.data import build_images, read_listing

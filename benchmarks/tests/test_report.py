@@ -3,10 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.cells import UNPRUNED, Cell, write_json
 from benchmarks.errors import UsageError
+from benchmarks.harness.cells import UNPRUNED, Cell, write_json
+from benchmarks.harness.report import (
+    ReportConfig,
+    bootstrap_interval,
+    markdown,
+    paired_differences,
+    read_cells,
+    run,
+)
 from benchmarks.pipeline.runs import read_runs
-from benchmarks.report import ReportConfig, bootstrap_interval, markdown, paired_differences, read_cells, run
 
 BN = {"l1": 0.5, "pro": 0.7, "lamp": 0.6}
 

@@ -12,9 +12,11 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from benchmarks import scan, scan_model, scan_zoo
 from benchmarks.errors import UsageError
-from benchmarks.scan import ScanConfig
+from benchmarks.scan import command as scan
+from benchmarks.scan import model as scan_model
+from benchmarks.scan import zoo as scan_zoo
+from benchmarks.scan.command import ScanConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import scan_nets

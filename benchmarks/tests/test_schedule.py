@@ -4,8 +4,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from benchmarks.prune import PruneConfig, widths
-from benchmarks.schedule import prune_front_to_back
+from benchmarks.harness.prune import PruneConfig, widths
+from benchmarks.harness.schedule import prune_front_to_back
 
 
 def test_each_group_is_scored_on_the_network_as_it_is_by_then():

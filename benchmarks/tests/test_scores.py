@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch_pruning as tp
 
-from benchmarks.cost import group_cost, network_cost
-from benchmarks.criteria import find_criterion
+from benchmarks.criteria.registry import find_criterion
 from benchmarks.errors import UsageError
-from benchmarks.prune import PruneConfig, build_pruner, prune, size, staggered_ratios
-from benchmarks.scores import FrozenScores, coupling_of, freeze, group_key, prunable_groups
+from benchmarks.harness.cost import group_cost, network_cost
+from benchmarks.harness.prune import PruneConfig, build_pruner, prune, size, staggered_ratios
+from benchmarks.harness.scores import FrozenScores, coupling_of, freeze, group_key, prunable_groups
 from ippro_tp import PROImportance
 from ippro_tp.estimators.coupling import COUPLING, Coupling
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.search import find_ratio
+from benchmarks.harness.search import find_ratio
 
 
 @pytest.mark.parametrize("target", [0.95, 0.75, 0.5, 0.3])

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks.errors import UsageError
-from benchmarks.evaluate import accuracy, reestimate_batchnorm
-from benchmarks.finetune import Recipe, finetune
+from benchmarks.harness.evaluate import accuracy, reestimate_batchnorm
+from benchmarks.harness.finetune import Recipe, finetune
 from benchmarks.models.cifar_resnet import CifarResNet
 from benchmarks.tasks import TaskConfig, build_task
 from benchmarks.tasks.base import TensorImages, flip_and_crop
@@ -120,7 +120,7 @@ def test_bad_input_names_cause_and_fix(config, message):
 
 def test_evaluation_can_be_imported_first():
     subprocess.run(
-        [sys.executable, "-c", "from benchmarks.evaluate import accuracy"],
+        [sys.executable, "-c", "from benchmarks.harness.evaluate import accuracy"],
         check=True,
         cwd=Path(__file__).parents[2],
     )

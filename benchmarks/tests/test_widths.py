@@ -6,8 +6,8 @@ import math
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.report import read_cells
-from benchmarks.widths import Prediction, minimise
+from benchmarks.harness.report import read_cells
+from benchmarks.harness.widths import Prediction, minimise
 
 
 def bowl(point):

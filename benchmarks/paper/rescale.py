@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from benchmarks.errors import UsageError
-from benchmarks.prune import build_pruner
-from benchmarks.scores import prunable_groups
+from benchmarks.harness.prune import build_pruner
+from benchmarks.harness.scores import prunable_groups
 from benchmarks.tasks import Task
 from ippro_tp.graph.groups import read_group
 from ippro_tp.layers import CHANNEL_NORMS

@@ -19,9 +19,9 @@ import torch_pruning as tp
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from benchmarks.cells import environment, write_json
 from benchmarks.errors import UsageError
-from benchmarks.prune import size
+from benchmarks.harness.cells import environment, write_json
+from benchmarks.harness.prune import size
 from benchmarks.tasks.imagefolder import FolderImages
 from ippro_tp import Compensation, attention_heads, update_attention
 from ippro_tp.compensation.cutlayer import CutLayer

@@ -14,14 +14,14 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.analyses.rescale import KINDS, output_difference, rescaled
-from benchmarks.analyses.rows import AnalysisConfig, Rows
-from benchmarks.analyses.scoring import arm_scores, kept_channels
-from benchmarks.criteria import find_criterion
-from benchmarks.figures import HIGHLIGHT
-from benchmarks.prune import build_pruner
-from benchmarks.scores import FrozenScores, GroupKey, group_key, prunable_groups
-from benchmarks.tables import github_table, spread
+from benchmarks.criteria.registry import find_criterion
+from benchmarks.harness.figures import HIGHLIGHT
+from benchmarks.harness.prune import build_pruner
+from benchmarks.harness.scores import FrozenScores, GroupKey, group_key, prunable_groups
+from benchmarks.harness.tables import github_table, spread
+from benchmarks.paper.rescale import KINDS, output_difference, rescaled
+from benchmarks.paper.rows import AnalysisConfig, Rows
+from benchmarks.paper.scoring import arm_scores, kept_channels
 from benchmarks.tasks import Task, build_task, defaults_of
 from ippro_tp.graph.groups import read_group
 from ippro_tp.layers import CHANNEL_NORMS

@@ -12,11 +12,11 @@ import tyro
 from scipy import stats
 from tabulate import tabulate
 
-from benchmarks.cells import UNPRUNED
 from benchmarks.errors import UsageError
-from benchmarks.figures import PANELS, draw_curves
+from benchmarks.harness.cells import UNPRUNED
+from benchmarks.harness.figures import PANELS, draw_curves
+from benchmarks.harness.tables import github_table, spread
 from benchmarks.pipeline import runs
-from benchmarks.tables import github_table, spread
 
 PHASES = PANELS | {"bn": "BN re-estimated"}
 REFERENCE = "l1"

@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.analyses.rows import AnalysisConfig, Rows
-from benchmarks.analyses.scoring import (
+from benchmarks.harness.figures import COLOURS
+from benchmarks.harness.tables import github_table
+from benchmarks.paper.rows import AnalysisConfig, Rows
+from benchmarks.paper.scoring import (
     Statistics,
     freeze_on,
     importance_of,
@@ -25,8 +27,6 @@ from benchmarks.analyses.scoring import (
     projective_terms,
     statistics,
 )
-from benchmarks.figures import COLOURS
-from benchmarks.tables import github_table
 from benchmarks.tasks import build_task
 
 REFERENCE = 1.0
@@ -107,7 +107,7 @@ def breaks(terms: Tensor, step_size: float) -> dict[str, float]:
     r"""Return how many channels have left the limit of small steps.
 
     Args:
-        terms: ``(4, channels)``, see :func:`~benchmarks.analyses.scoring.projective_terms`.
+        terms: ``(4, channels)``, see :func:`~benchmarks.paper.scoring.projective_terms`.
         step_size: lambda.
 
     Returns:

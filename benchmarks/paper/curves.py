@@ -11,9 +11,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.analyses.accuracies import Accuracies
-from benchmarks.analyses.rows import AnalysisConfig, Rows
-from benchmarks.analyses.scoring import (
+from benchmarks.criteria.registry import find_criterion
+from benchmarks.harness.figures import COLOURS, HIGHLIGHT
+from benchmarks.harness.scores import FrozenScores
+from benchmarks.harness.tables import github_table, spread
+from benchmarks.paper.accuracies import Accuracies
+from benchmarks.paper.rows import AnalysisConfig, Rows
+from benchmarks.paper.scoring import (
     Statistics,
     arm_scores,
     freeze_on,
@@ -21,10 +25,6 @@ from benchmarks.analyses.scoring import (
     pool_size,
     statistics,
 )
-from benchmarks.criteria import find_criterion
-from benchmarks.figures import COLOURS, HIGHLIGHT
-from benchmarks.scores import FrozenScores
-from benchmarks.tables import github_table, spread
 from benchmarks.tasks import build_task, defaults_of
 
 PAPER = "paper"

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.analyses.rows import AnalysisConfig, Rows
-from benchmarks.analyses.scoring import arm_scores, kept_channels
-from benchmarks.criteria import find_criterion
-from benchmarks.scores import FrozenScores
-from benchmarks.tables import github_table
+from benchmarks.criteria.registry import find_criterion
+from benchmarks.harness.scores import FrozenScores
+from benchmarks.harness.tables import github_table
+from benchmarks.paper.rows import AnalysisConfig, Rows
+from benchmarks.paper.scoring import arm_scores, kept_channels
 from benchmarks.tasks import build_task, defaults_of
 
 CRITERIA = (

@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from benchmarks.arm import ArmRunner, Settings
-from benchmarks.cells import UNPRUNED, Cell, as_dict, read_finished, write_json
-from benchmarks.criteria import find_criterion
+from benchmarks.criteria.registry import find_criterion
 from benchmarks.errors import UsageError
-from benchmarks.finetune import Recipe
+from benchmarks.harness.arm import ArmRunner, Settings
+from benchmarks.harness.cells import UNPRUNED, Cell, as_dict, read_finished, write_json
+from benchmarks.harness.finetune import Recipe
+from benchmarks.harness.prune import PruneConfig
+from benchmarks.harness.scores import coupling_of
 from benchmarks.models.checkpoints import fingerprint
-from benchmarks.prune import PruneConfig
-from benchmarks.scores import coupling_of
 from benchmarks.tasks import Task, TaskConfig, build_task, defaults_of
 
 

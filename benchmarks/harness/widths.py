@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.evaluate import reestimate_batchnorm
+from benchmarks.harness.evaluate import reestimate_batchnorm
 from benchmarks.tasks.base import Batch
 
 TEMPERATURE = 2.0

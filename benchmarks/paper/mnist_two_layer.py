@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 
-from benchmarks.cells import as_dict, environment, write_json
 from benchmarks.errors import UsageError
-from benchmarks.prune import apply, build_pruner
-from benchmarks.tables import spread
+from benchmarks.harness.cells import as_dict, environment, write_json
+from benchmarks.harness.prune import apply, build_pruner
+from benchmarks.harness.tables import spread
 from ippro_tp import PROImportance, SpaSPImportance
 from ippro_tp.estimators import spasp_math as maths
 

@@ -17,8 +17,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from benchmarks import baselines
-from benchmarks.ablation import Ablation
+from benchmarks.criteria import baselines
+from benchmarks.criteria.ablation import Ablation
 from benchmarks.errors import UsageError
 from benchmarks.tasks.base import Batch
 

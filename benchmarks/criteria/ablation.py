@@ -13,7 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.baselines import samples
+from benchmarks.criteria.baselines import samples
 from benchmarks.tasks.base import Batch
 from ippro_tp.graph.groups import read_group
 from ippro_tp.records import GroupRecord

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.cells import environment, read_finished, write_json
+from benchmarks.harness.cells import environment, read_finished, write_json
 from benchmarks.models.checkpoints import fingerprint
 from benchmarks.tasks import Task, TaskConfig
 

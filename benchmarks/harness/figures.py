@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from benchmarks.cells import UNPRUNED
+from benchmarks.harness.cells import UNPRUNED
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
 """Okabe and Ito's colour-blind-safe palette without yellow and without vermilion (PRO's own); two greys."""

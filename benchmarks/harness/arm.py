@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.cells import UNPRUNED, Cell, environment, peak_memory_mb
-from benchmarks.cost import network_cost
-from benchmarks.criteria import find_criterion
-from benchmarks.evaluate import accuracy, reestimate_batchnorm
-from benchmarks.finetune import Recipe, finetune, reinitialise
-from benchmarks.prune import PruneConfig, Pruned, build_pruner, prune, size, widths
-from benchmarks.schedule import prune_front_to_back
-from benchmarks.scores import FrozenScores, freeze
-from benchmarks.search import Found, find_ratio
+from benchmarks.criteria.registry import find_criterion
+from benchmarks.harness.cells import UNPRUNED, Cell, environment, peak_memory_mb
+from benchmarks.harness.cost import network_cost
+from benchmarks.harness.evaluate import accuracy, reestimate_batchnorm
+from benchmarks.harness.finetune import Recipe, finetune, reinitialise
+from benchmarks.harness.prune import PruneConfig, Pruned, build_pruner, prune, size, widths
+from benchmarks.harness.schedule import prune_front_to_back
+from benchmarks.harness.scores import FrozenScores, freeze
+from benchmarks.harness.search import Found, find_ratio
+from benchmarks.harness.widths import Prediction, minimise
 from benchmarks.tasks import Batch, Task
-from benchmarks.widths import Prediction, minimise
 from ippro_tp import Compensation
 
 

@@ -12,7 +12,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.scores import GroupKey, prunable_groups
+from benchmarks.harness.scores import GroupKey, prunable_groups
 from ippro_tp import Compensation, attention_heads, update_attention
 from ippro_tp.calibration.losses import main_output
 from ippro_tp.compensation.step import CompensationReport

@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from benchmarks import scan_model
-from benchmarks.cells import write_json
 from benchmarks.errors import UsageError
-from benchmarks.scan_zoo import (
+from benchmarks.harness.cells import write_json
+from benchmarks.scan import model as scan_model
+from benchmarks.scan.zoo import (
     Counts,
     Entry,
     resolve,

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.prune import PruneConfig, Pruned, apply, build_pruner, size, widths
-from benchmarks.scores import group_key, prunable_groups
+from benchmarks.harness.prune import PruneConfig, Pruned, apply, build_pruner, size, widths
+from benchmarks.harness.scores import group_key, prunable_groups
 from ippro_tp import Compensation
 
 Build = Callable[[nn.Module, object], Callable]

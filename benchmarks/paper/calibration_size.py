@@ -11,14 +11,14 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.analyses.accuracies import Accuracies
-from benchmarks.analyses.rows import AnalysisConfig, Rows
-from benchmarks.analyses.scoring import Statistics, freeze_on, gather, importance_of, pool_size
-from benchmarks.cost import network_cost
 from benchmarks.errors import UsageError
-from benchmarks.figures import COLOURS, HIGHLIGHT
-from benchmarks.scores import coupling_of
-from benchmarks.tables import github_table, spread
+from benchmarks.harness.cost import network_cost
+from benchmarks.harness.figures import COLOURS, HIGHLIGHT
+from benchmarks.harness.scores import coupling_of
+from benchmarks.harness.tables import github_table, spread
+from benchmarks.paper.accuracies import Accuracies
+from benchmarks.paper.rows import AnalysisConfig, Rows
+from benchmarks.paper.scoring import Statistics, freeze_on, gather, importance_of, pool_size
 from benchmarks.tasks import Batch, Task, build_task, defaults_of
 from ippro_tp import PROImportance
 

@@ -24,9 +24,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks import scan_zoo
-from benchmarks.cells import environment, peak_memory_mb, write_json
-from benchmarks.scan_zoo import Subject
+from benchmarks.harness.cells import environment, peak_memory_mb, write_json
+from benchmarks.scan import zoo as scan_zoo
+from benchmarks.scan.zoo import Subject
 from ippro_tp import LogitNoise, PROImportance, update_attention
 from ippro_tp.graph.groups import groups_of, read_group
 
@@ -375,7 +375,7 @@ def main(name: str, family: str, path: Path, log: Path, seconds: float, gigabyte
     """Examine one model and write its JSON; everything it prints goes to ``log``. Runs in a process of its own.
 
     Args:
-        name: As in :class:`benchmarks.scan_zoo.Entry`.
+        name: As in :class:`benchmarks.scan.zoo.Entry`.
         family: The same.
         path: The JSON file.
         log: The text file.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.arm import ArmRunner, Settings
-from benchmarks.finetune import Recipe
+from benchmarks.harness.arm import ArmRunner, Settings
+from benchmarks.harness.finetune import Recipe
+from benchmarks.harness.prune import PruneConfig, build_pruner
+from benchmarks.harness.scores import FrozenScores, freeze
 from benchmarks.models.checkpoints import fingerprint
-from benchmarks.prune import PruneConfig, build_pruner
-from benchmarks.scores import FrozenScores, freeze
 from benchmarks.tasks import Batch, Task, TaskConfig
 from ippro_tp import FisherNoise, PROImportance
 from ippro_tp.estimators.base import reduce_layers

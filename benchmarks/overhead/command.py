@@ -18,13 +18,13 @@ from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import baselines
-from benchmarks.cells import environment
+from benchmarks.criteria import baselines
 from benchmarks.errors import UsageError
-from benchmarks.memory import counted_reads, keep_freed_memory, peak_bytes, read_bandwidth, synchronize
+from benchmarks.harness.cells import environment
+from benchmarks.harness.prune import build_pruner
+from benchmarks.harness.scores import prunable_groups
 from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
-from benchmarks.prune import build_pruner
-from benchmarks.scores import prunable_groups
+from benchmarks.overhead.memory import counted_reads, keep_freed_memory, peak_bytes, read_bandwidth, synchronize
 from benchmarks.tasks.base import Batch
 from ippro_tp import Compensation, LogitNoise, PROImportance, SpaSPImportance
 from ippro_tp.graph.groups import groups_of, read_group

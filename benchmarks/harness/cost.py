@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from benchmarks.prune import build_pruner
-from benchmarks.scores import GroupKey, group_key, prunable_groups
+from benchmarks.harness.prune import build_pruner
+from benchmarks.harness.scores import GroupKey, group_key, prunable_groups
 from ippro_tp.graph.cost import group_cost as record_cost
 from ippro_tp.graph.cost import watch_positions
 from ippro_tp.graph.groups import read_group

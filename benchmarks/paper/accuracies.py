@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from benchmarks.evaluate import accuracy, reestimate_batchnorm
+from benchmarks.harness.evaluate import accuracy, reestimate_batchnorm
+from benchmarks.harness.prune import PruneConfig, Pruned, prune, size
+from benchmarks.harness.scores import FrozenScores
+from benchmarks.harness.search import Found, find_ratio
 from benchmarks.models.checkpoints import fingerprint
-from benchmarks.prune import PruneConfig, Pruned, prune, size
-from benchmarks.scores import FrozenScores
-from benchmarks.search import Found, find_ratio
 from benchmarks.tasks import Batch, Task
 
 

@@ -1,0 +1,1 @@
+"""The importances that are compared."""

@@ -1,0 +1,1 @@
+"""One fair comparison: arms, cells, the search for matched MACs, and what is reported."""

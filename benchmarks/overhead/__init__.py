@@ -1,0 +1,1 @@
+"""What calibration, scoring and compensation cost."""

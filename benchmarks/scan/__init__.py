@@ -1,0 +1,1 @@
+"""Which architectures can be pruned at all."""
