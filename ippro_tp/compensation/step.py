@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..calibration.batches import as_call, batches_of
-from ..calibration.guard import preserved
-from ..calibration.processes import all_or_none, unsynchronised
-from ..calibration.subject import eagerly, resolve
-from ..errors import NEVER_CALLED, NotCalibratedError, ObservationError
 from ..graph.attention import update_attention
 from ..graph.groups import graph_of
 from .cutlayer import CutLayer, norm_after
+from .inputs import KeptInputs
 from .refitting import LayerReport, refit_layers
-from .samples import Samples
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class CompensationReport:
         return "\n".join(map(str, self.rows)) or "no layer lost input channels"
 
 
-class Compensation:
+class Compensation(KeptInputs):
     r"""Training-free compensation: each layer of the cut model is refitted to what it gave before the cut.
 
     Layer by layer, in forward order, the weight becomes the ridge regression of the layer's outputs in the uncut
@@ -73,118 +67,15 @@ class Compensation:
         ('2', 4, 4)
     """
 
-    needs_gradients = False
+    _VERB = "step(pruner)"
 
     def __init__(self, ridge: float | None = None, max_samples: int = 1024, memory: int = 1 << 30) -> None:
         if ridge is not None and not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge={ridge!r}; give a number >= 0, or None to choose it by cross-validation")
-        if not 2 <= max_samples < float("inf"):
-            raise ValueError(f"max_samples={max_samples!r}; give a number >= 2")
+        super().__init__(max_samples)
         if not 0 < memory < float("inf"):
             raise ValueError(f"memory={memory!r}; give a positive number of bytes")
-        self.ridge, self.max_samples, self.memory = ridge, int(max_samples), int(memory)
-        self._samples = Samples(self.max_samples)
-
-    # -- calibration -------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def observe(self, target: Any) -> Iterator[Compensation]:
-        """Keep inputs while your own loop calls the model, with or without gradients.
-
-        Args:
-            target: a ``torch_pruning`` pruner or ``DependencyGraph``, or the model.
-
-        Raises:
-            ObservationError: the model was not called, or its inputs cannot be joined.
-            TypeError: ``target`` is none of the above.
-
-        Under ``torch.distributed`` every rank has to enter; on exit all of them hold the samples of all.
-        Starts anew; :meth:`merge` adds. An exception inside leaves the previous samples in place. The model is
-        left as it was found, buffers included.
-        """
-        _, model = resolve(target)
-        samples = Samples(self.max_samples)
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            samples.add(args, kwargs)
-
-        with all_or_none():
-            with preserved(model), unsynchronised(target), eagerly():
-                handle = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
-                try:
-                    yield self
-                finally:
-                    handle.remove()
-            if samples.count == 0:
-                raise ObservationError(NEVER_CALLED)
-        samples.gather()
-        self._samples = samples
-
-    def calibrate(
-        self, target: Any, loader: Iterable[Any], max_samples: int | None = None, progress: bool = True
-    ) -> Compensation:
-        """Keep inputs from ``loader``; no forward pass is needed.
-
-        Args:
-            target: as for :meth:`observe`.
-            loader: iterable of ``(inputs, targets)`` batches or of inputs alone; ``inputs`` is a tensor, a tuple
-                of positional or a dict of keyword arguments. They are moved to the model's device.
-            max_samples: stop after so many samples.
-            progress: show a progress bar if tqdm is installed.
-
-        Raises:
-            ValueError: the loader is empty.
-            ObservationError: inputs cannot be joined: they differ in shape, or have no batch dimension.
-        """
-        _, model = resolve(target)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        samples = Samples(self.max_samples)
-        with all_or_none():
-            for inputs, _ in batches_of(loader, device, max_samples, progress, type(self).__name__):
-                samples.add(*as_call(inputs))
-        samples.gather()
-        self._samples = samples
-        return self
-
-    def reset(self) -> None:
-        """Forget all samples."""
-        self._samples = Samples(self.max_samples)
-
-    def merge(self, other: Compensation) -> None:
-        """Take the samples of ``other`` as well.
-
-        Raises:
-            NotCalibratedError: ``other`` has none.
-        """
-        if other._samples.count == 0:
-            raise NotCalibratedError("the other object holds no samples to merge: calibrate it first.")
-        self._samples.merge(other._samples)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The samples, as CPU tensors and plain types (``torch.load(..., weights_only=True)``).
-
-        Raises:
-            NotCalibratedError: there are none.
-        """
-        self._check_calibrated()
-        return self._samples.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        self._samples.load_state_dict(state)
-
-    def _check_calibrated(self) -> None:
-        if self._samples.count == 0:
-            raise NotCalibratedError(
-                "Compensation has no samples yet. Before compensation.step(pruner), run\n"
-                "    compensation.calibrate(pruner, loader)\n"
-                "or, around your own loop,\n"
-                "    with compensation.observe(pruner):\n"
-                "        for images, _ in loader:\n"
-                "            model(images)"
-            )
-
-    # -- the step ----------------------------------------------------------------------------------------------
+        self.ridge, self.memory = ridge, int(memory)
 
     @torch.no_grad()
     def step(self, pruner: Any, repair: Callable[[nn.Module], None] | None = None) -> CompensationReport:
