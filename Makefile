@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+LOWEST ?= .venv-lowest
 STAMP  := $(VENV)/.installed
 
-.PHONY: install compare test test-slow lint format clean
+.PHONY: install compare test test-slow test-lowest lint format clean
 
 install: $(STAMP)
 
@@ -23,6 +24,13 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# The oldest releases that pyproject.toml allows, in an environment of their own.
+test-lowest: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[bench,dev]"
+	$(LOWEST)/bin/python -m pytest -n 2 tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
