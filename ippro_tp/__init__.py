@@ -1,6 +1,7 @@
 """Projective-offset importance (IPPRO, arXiv 2507.14171) for Torch-Pruning."""
 
 from .calibration.losses import FisherNoise, LogitNoise
+from .compensation.recovery import Recovery
 from .compensation.step import Compensation
 from .errors import IPPROError, NotCalibratedError, ObservationError, StaleStatisticsError
 from .graph.attention import attention_heads, update_attention
@@ -17,6 +18,7 @@ __all__ = [
     "NotCalibratedError",
     "ObservationError",
     "PROImportance",
+    "Recovery",
     "SpaSPImportance",
     "StaleStatisticsError",
     "attention_heads",

@@ -81,6 +81,17 @@ class Samples:
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
 
+    def chosen(self, which: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same with the kept samples of the numbers ``which``, in that order."""
+        assert self._spec is not None
+        self._join()
+        leaves = [
+            x[0][which.to(x[0].device)] if many else x
+            for x, many in zip(self._leaves, self._by_sample, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
     def merge(self, other: Samples) -> None:
         """Take the samples of ``other`` as well, thinned to the limit."""
         if other.count:

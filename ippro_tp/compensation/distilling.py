@@ -1,0 +1,189 @@
+"""One distillation: the steps, the learning rate, and the weights that came nearest on held-out samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.batches import as_call
+from ..errors import ObservationError
+from .samples import Samples
+
+LOOKS = 10
+"""Times that the held-out samples are looked at."""
+WARM_UP = 0.05
+"""Part of the steps in which the learning rate rises to its full value."""
+BACK_OFF, GIVE_UP = 3.0, 1e-3
+"""The learning rate is divided by the first where it destroys; below that part of what it was, the run ends."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :class:`ippro_tp.Recovery` was told; see there."""
+
+    steps: int
+    lr: float
+    batch_size: int
+    augment: Callable[[Any], Any] | None
+    held_out: float
+    seed: int
+
+
+class Distillation:
+    """One training: batches, steps and looks at what is held out. Both models are to be in eval mode.
+
+    Args:
+        how: the plan.
+        model: is trained.
+        teacher: what it is trained to predict.
+        parameters: those of ``model`` that are trained.
+        samples: what the models are called with, at least two.
+
+    Attributes:
+        before, best: distances on the held-out samples.
+        step: steps done.
+        kept, kept_lr: the step that gave the best weights, and the largest learning rate then.
+        held: number of held-out samples.
+    """
+
+    def __init__(
+        self, how: Plan, model: nn.Module, teacher: nn.Module, parameters: Sequence[Tensor], samples: Samples
+    ) -> None:
+        self._how, self._model, self._teacher, self._parameters = how, model, teacher, parameters
+        self._samples = samples
+        self._generator = torch.Generator().manual_seed(how.seed)
+        self.held = min(max(1, round(how.held_out * samples.count)), samples.count - 1)
+        order = torch.randperm(samples.count, generator=self._generator)
+        self._trained = order[self.held :]
+        self._judged = order[: self.held].split(how.batch_size)
+        with torch.no_grad():
+            self._wanted = [_floats(self._call(teacher, part)) for part in self._judged]
+        self._power = [_power(parts) for parts in zip(*self._wanted, strict=True)]
+        self._lr = self.kept_lr = how.lr
+        self.step = self.kept = 0
+        self.before = self.best = self._look()
+        self._best = [p.detach().clone() for p in parameters]
+
+    def train(self) -> None:
+        """Do the steps. At the end, the best weights are in place."""
+        how, batches = self._how, self._batches()
+        optimizer = torch.optim.AdamW(self._parameters, lr=how.lr, weight_decay=0.0)
+        every = max(1, how.steps // LOOKS)
+        while self.step < how.steps and self.before > 0 and self._lr >= GIVE_UP * how.lr:
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr * _schedule((self.step + 1) / how.steps)
+            sound = self._learn(optimizer, next(batches))
+            self.step += 1
+            if sound and (self.step % every == 0 or self.step == how.steps):
+                sound = self._keep_if_better(self._look())
+            if not sound:
+                self._restore()
+                optimizer.state.clear()
+                self._lr /= BACK_OFF
+        self._restore()
+
+    def _learn(self, optimizer: torch.optim.Optimizer, batch: Tensor) -> bool:
+        """One step; ``False``, and none, where the gradient is not finite."""
+        args, kwargs = self._augmented(*self._samples.chosen(batch))
+        with torch.no_grad():
+            wanted = _floats(self._teacher(*args, **kwargs))
+        optimizer.zero_grad()
+        self._distance(_floats(self._model(*args, **kwargs)), wanted).backward()
+        norm = nn.utils.clip_grad_norm_(self._parameters, math.inf)
+        if bool(norm.isfinite()):
+            optimizer.step()
+        return bool(norm.isfinite())
+
+    def _keep_if_better(self, now: float) -> bool:
+        """Keep the weights if they are the best so far; ``False`` if they are worse than those of the start."""
+        if now < self.best:
+            self.best, self.kept, self.kept_lr = now, self.step, self._lr
+            self._best = [p.detach().clone() for p in self._parameters]
+        return now <= self.before  # False for NaN
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for kept, p in zip(self._best, self._parameters, strict=True):
+            p.copy_(kept)
+
+    @torch.no_grad()
+    def _look(self) -> float:
+        """The distance on the held-out samples."""
+        total = 0.0
+        for part, wanted in zip(self._judged, self._wanted, strict=True):
+            given = _floats(self._call(self._model, part))
+            total += len(part) * float(self._distance(given, wanted))
+        return total / self.held
+
+    def _distance(self, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        if [x.shape for x in given] != [x.shape for x in wanted]:
+            raise ObservationError(
+                f"the model returns tensors of shapes {[tuple(x.shape) for x in given]}, its teacher "
+                f"{[tuple(x.shape) for x in wanted]}: pruning must leave the outputs alone (ignored_layers)."
+            )
+        shares = [
+            (a.float() - b.float()).square().mean() / p for a, b, p in zip(given, wanted, self._power, strict=True)
+        ]
+        return torch.stack(shares).mean()
+
+    def _call(self, model: nn.Module, batch: Tensor) -> Any:
+        args, kwargs = self._samples.chosen(batch)
+        return model(*args, **kwargs)
+
+    def _augmented(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._how.augment is None:
+            return args, kwargs
+        if args and kwargs:
+            raise ObservationError("augment needs inputs that are given by position or by name, not both.")
+        return as_call(self._how.augment(kwargs or (args if len(args) > 1 else args[0])))
+
+    def _batches(self) -> Iterator[Tensor]:
+        size = min(self._how.batch_size, len(self._trained))
+        while True:
+            order = self._trained[torch.randperm(len(self._trained), generator=self._generator)]
+            yield from order[: len(order) // size * size].split(size)
+
+
+def _schedule(done: float) -> float:
+    """Part of the learning rate at a part of the steps: a linear rise, then a cosine."""
+    return min(1.0, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    """All floating-point tensors in what a model returned, in order.
+
+    Raises:
+        ObservationError: there is none.
+    """
+    found = list(_tensors(outputs))
+    if not found:
+        raise ObservationError(
+            f"the model returned {type(outputs).__name__}, in which no tensor of numbers was found."
+        )
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value) or hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
+
+
+def _power(parts: Sequence[Tensor]) -> float:
+    """Mean square of the deviations from the mean; 1 for what does not vary."""
+    values = torch.cat([x.float().flatten() for x in parts])
+    power = float(values.var(correction=0))
+    return power if power > 0 else 1.0
