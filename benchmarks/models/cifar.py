@@ -11,6 +11,7 @@ from torchvision.models import DenseNet, MobileNetV2
 
 from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
 from benchmarks.models.cifar_vgg import LAYOUTS, CifarVGG
+from benchmarks.models.transformers import TRANSFORMERS
 
 # Expansion, channels, blocks, stride: as torchvision's, but two strides are left out, which 32x32 images bear.
 MOBILENET = [
@@ -64,6 +65,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet18d_quarter": partial(quarter_resnetd, BasicBlock),
     "resnet26d_quarter": partial(quarter_resnetd, Bottleneck),
     "densenet40": densenet40,
+    **TRANSFORMERS,
 }
 """Each a function of ``num_classes``; the last Linear layer is the classifier."""
 

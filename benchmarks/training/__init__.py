@@ -1,0 +1,1 @@
+"""Training of CIFAR-10 networks by one recipe, in a given time: ``python -m benchmarks.training --help``."""
