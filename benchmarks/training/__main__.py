@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.errors import UsageError
 from benchmarks.models.cifar import NETWORKS
 from benchmarks.training.config import TrainingConfig
-from benchmarks.training.data import load
+from benchmarks.training.data import CLASSES, load
 from benchmarks.training.loop import CHANNELS_LAST, accuracy, train
 
 
@@ -38,7 +38,7 @@ def run(config: TrainingConfig) -> dict:
     train_data, test_data = load(config.data_dir, config.cache_dir, device)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
-    model = NETWORKS[config.net](num_classes=10).to(device)
+    model = NETWORKS[config.net](num_classes=CLASSES).to(device)
     if config.net in CHANNELS_LAST:
         model = model.to(memory_format=torch.channels_last)
     reserve = min(10.0, 3 * config.minutes)  # for the test and for writing

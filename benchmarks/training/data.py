@@ -14,6 +14,7 @@ from benchmarks.tasks.cifar10 import cifar_images
 
 ARCHIVE = "cifar10.npz"
 SPLITS = ("train", "test")
+CLASSES = 10
 
 
 @dataclass(frozen=True)

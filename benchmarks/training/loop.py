@@ -19,7 +19,7 @@ from benchmarks.models.cifar import frozen_parameters
 from benchmarks.tasks.cifar10 import MEAN, STD
 from benchmarks.training.augment import distort, erase, mix, shift_and_mirror
 from benchmarks.training.config import TrainingConfig
-from benchmarks.training.data import Split
+from benchmarks.training.data import CLASSES, Split
 from benchmarks.training.progress import Progress, warm_cosine
 
 WAIT_EVERY = 16
@@ -108,7 +108,6 @@ class _Batches:
         self._data, self._config = data, config
         self._draws = random.Random(config.seed)
         self._order: list[Tensor] = []
-        self.classes = int(data.labels.max()) + 1
         self.channels_last = config.device.startswith("cuda") and config.net in CHANNELS_LAST
 
     def next(self, calm: bool) -> tuple[Tensor, Tensor]:
@@ -118,7 +117,7 @@ class _Batches:
             self._order = [part for part in parts if len(part) == self._config.batch_size]
         index, config = self._order.pop(), self._config
         images = shift_and_mirror(self._data.images[index].float() / 255)
-        targets = F.one_hot(self._data.labels[index], self.classes).float()
+        targets = F.one_hot(self._data.labels[index], CLASSES).float()
         if not calm:
             if config.distortion:
                 images = distort(images, config.distortion)
