@@ -46,13 +46,20 @@ MAKERS = {
     "spasp": SpaSPImportance,
     "spasp gated": lambda: SpaSPImportance(signed="gated"),
 }
+
+
+def flat(record, model):
+    """A cost for groups that no forward pass has called."""
+    return 1.0
+
+
 UNCALLED = {
-    "expected": lambda: PROImportance(cost="params"),
-    "log": lambda: PROImportance(cost="params", depletion="log", power=2),
+    "expected": lambda: PROImportance(cost=flat),
+    "log": lambda: PROImportance(cost=flat, depletion="log", power=2),
     "coupled": lambda: PROImportance(cost=None, depletion="coupled"),
     "normalised": lambda: PROImportance(cost=None, depletion=None, normalizer="mean"),
     "single": lambda: PROImportance(group_reduction="mean", cost=None),
-    "mean": lambda: PROImportance(reference="mean", cost="params"),
+    "mean": lambda: PROImportance(reference="mean", cost=flat),
     "paper": MAKERS["paper"],
     "spasp": SpaSPImportance,
     "spasp gated": MAKERS["spasp gated"],
