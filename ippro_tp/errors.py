@@ -67,3 +67,23 @@ class ObservationError(IPPROError):
         ...
         ippro_tp.errors.ObservationError: the forward pass runs under torch.no_grad() ...
     """
+
+
+class ScoreError(IPPROError):
+    """An importance gives something else than one finite number per channel."""
+
+
+class StructureError(IPPROError):
+    """A model cannot be traced, or what was traced does not run once it is cut."""
+
+
+class TargetError(IPPROError, ValueError):
+    """A target cannot be met.
+
+    Attributes:
+        nearest: the nearest value that can be, in the unit of the target.
+    """
+
+    def __init__(self, message: str, nearest: float) -> None:
+        super().__init__(message)
+        self.nearest = nearest

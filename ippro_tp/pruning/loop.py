@@ -1,0 +1,329 @@
+"""The pruning loop: trace, calibrate, rank, search, cut, refit; as often as there are steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.batches import batches_of
+from ..calibration.guard import evaluating
+from ..compensation.step import Compensation, CompensationReport
+from ..errors import IPPROError, StructureError, TargetError
+from .cut import Cut, Step
+from .measure import Meter, Unit
+from .numbers import update_numbers
+from .order import Ranked, RemovalOrder
+from .scoring import Scorer
+from .search import TOLERANCE, Found, Sizes, find
+from .structure import Forward, Prunable, Structure, Transform, forward, read_structure, tensors_in
+
+Scope = Literal["global", "local"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the loop prunes; see :func:`ippro_tp.prune`."""
+
+    unit: Unit
+    target: float
+    scope: Scope
+    steps: int
+    round_to: int
+    max_pruning_ratio: float
+    ignored: tuple[str, ...]
+    example_inputs: Any
+    forward_fn: Forward | None
+    output_transform: Transform | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """What a step did to one group.
+
+    Attributes:
+        key: root layer and side.
+        layers: names of the layers whose output channels it holds.
+        before, after: channels of the group.
+        units: how many of them could go one by one.
+        scores: one per unit; empty where there are none.
+        removed: units that went.
+        reason: why it was left whole; empty where it was not.
+    """
+
+    key: str
+    layers: tuple[str, ...]
+    before: int
+    after: int
+    units: int
+    scores: tuple[float, ...] = ()
+    removed: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: all groups, what was refitted, and the size it led to as a fraction of the unpruned model.
+
+    Attributes:
+        groups: in the order of the model's modules, those that are left whole too.
+        refitted: what the compensation did; ``None`` without.
+        left: in the unit of the target.
+        tries: sizes that were measured to find the cut.
+    """
+
+    groups: tuple[GroupChange, ...]
+    refitted: CompensationReport | None
+    left: float
+    tries: int
+
+
+@dataclass
+class Loop:
+    """Prunes a model in place, step by step.
+
+    Args:
+        model: a copy that belongs to the loop.
+        options: how.
+        scorer: asks the importance.
+        loader: calibration batches, for the compensation.
+        compensation: refits layers after each cut; ``None``: no layer is.
+    """
+
+    model: nn.Module
+    options: Options
+    scorer: Scorer
+    loader: Iterable[Any]
+    compensation: Compensation | None
+    _units: dict[str, int] = field(default_factory=dict)
+    _all_channels: float = 0.0
+    _sampled: bool = False
+
+    def __post_init__(self) -> None:
+        with _explained("the model does not run on the example inputs"):
+            self._shapes = self._output_shapes()
+        self._meter = Meter(self.options.example_inputs, self.options.forward_fn)
+        self._whole = self._meter.counts(self.model)
+        self._unpruned = copy.deepcopy(self.model) if self.options.unit == "latency" else None
+
+    def run(self) -> list[StepRecord]:
+        """Make all steps.
+
+        Raises:
+            TargetError: the target cannot be met.
+            StructureError: the model cannot be traced, or does not run once it is cut.
+        """
+        records = [self._step(number) for number in range(1, self.options.steps + 1)]
+        with _explained("the model does not run once it is cut"):
+            shapes = self._output_shapes()
+        if shapes != self._shapes:
+            raise StructureError(
+                "the pruned model's outputs have other shapes than the unpruned one's: name the layers that make "
+                "them in ignored_layers=."
+            )
+        return records
+
+    def _step(self, number: int) -> StepRecord:
+        options = self.options
+        structure = self._structure()
+        if not structure.groups:
+            raise TargetError(f"no group of channels can be pruned: {_listed(structure.left_whole)}", 1.0)
+        scores, unscored = self.scorer.scores(structure)
+        if not scores:
+            raise TargetError(f"no group of channels has a score: {_listed(unscored)}", 1.0)
+        ranked = [self._ranked(structure.groups[key], values) for key, values in scores.items()]
+        order = RemovalOrder(ranked, options.scope)
+        found = self._search(order, structure, number)
+        masks = {r.key: _mask(structure.groups[r.key], r.order[: found.gone[r.key]]) for r in ranked}
+        refitted = self._cut(structure, masks)
+        groups = [
+            _change(structure.groups[r.key], scores[r.key], r.order[: found.gone[r.key]], masks[r.key])
+            for r in ranked
+        ]
+        whole = {**unscored, **structure.left_whole}
+        records = {**{k: p.record for k, p in structure.groups.items()}, **structure.left_records}
+        for key, why in whole.items():
+            width, names = records[key].width, tuple(p.name for p in records[key].producers)
+            groups.append(GroupChange(key, names, width, width, 0, reason=why))
+        place = {name: number for number, (name, _) in enumerate(self.model.named_modules())}
+        groups.sort(key=lambda group: min((place[name] for name in group.layers), default=0))
+        return StepRecord(tuple(groups), refitted, found.left, found.tries)
+
+    def _structure(self) -> Structure:
+        options = self.options
+        structure = read_structure(
+            self.model,
+            options.example_inputs,
+            forward_fn=options.forward_fn,
+            output_transform=options.output_transform,
+            ignored=[self.model.get_submodule(name) for name in options.ignored],
+            global_pruning=options.scope == "global",
+        )
+        for key, prunable in structure.groups.items():
+            self._units.setdefault(key, prunable.units)
+        return structure
+
+    def _ranked(self, prunable: Prunable, scores: Tensor) -> Ranked:
+        key = prunable.record.key
+        least = max(math.ceil((1 - self.options.max_pruning_ratio) * self._units[key] - 1e-9), 1)
+        return Ranked.of(key, scores, min(least, prunable.units), _multiple(prunable, self.options.round_to))
+
+    # -- the search --------------------------------------------------------------------------------------------
+
+    def _search(self, order: RemovalOrder, structure: Structure, number: int) -> Found:
+        options = self.options
+        goal = 1 - options.target if options.unit == "ratio" else options.target
+        wanted = 1 - (1 - goal) * number / options.steps
+        sizes = self._channels(structure, order) if options.unit == "ratio" else self._sizes(structure)
+        found = find(order, self._shown(sizes, wanted), wanted, sizes(order.gone(0)))
+        if abs(found.left - wanted) <= TOLERANCE:
+            return found
+        unit = {"macs": "MACs", "params": "parameters", "ratio": "channels", "latency": "latency"}[options.unit]
+        bounds = f"max_pruning_ratio={options.max_pruning_ratio:g}"
+        bounds += f", round_to={options.round_to}" if options.round_to else ""
+        raise TargetError(
+            f"{options.unit}={options.target:g} cannot be met within {TOLERANCE:.0%} of the whole: {wanted:.4g} "
+            f"of the {unit} is to be left, and the nearest is {found.left:.4g}. Change the target, {bounds} or "
+            f"ignored_layers; groups left whole: {_listed(structure.left_whole)}.",
+            found.left if options.unit != "ratio" else 1 - found.left,
+        )
+
+    def _channels(self, structure: Structure, order: RemovalOrder) -> Sizes:
+        """The fraction of channels that is left, of those that could go at the first step."""
+        per_unit = {key: p.record.width / p.units for key, p in structure.groups.items()}
+        now = sum(per_unit[group.key] * group.units for group in order.groups)
+        self._all_channels = self._all_channels or now
+        whole = self._all_channels
+
+        def left(gone: Mapping[str, int]) -> float:
+            return (now - sum(per_unit[key] * count for key, count in gone.items())) / whole
+
+        return left
+
+    def _sizes(self, structure: Structure) -> Sizes:
+        """Sizes of copies of the model that are cut along its removal order."""
+
+        def left(gone: Mapping[str, int]) -> float:
+            model = self.model
+            if any(gone.values()):
+                # Any units will do: how many of each group go decides the size.
+                model = copy.deepcopy(self.model)
+                masks = {key: _mask(structure.groups[key], torch.arange(n)) for key, n in gone.items() if n}
+                with _explained("the model does not run once it is cut"):
+                    Cut(structure, masks).apply(model)
+                    update_numbers(model, structure)
+                    return self._left(model)
+            return self._left(model)
+
+        return left
+
+    def _left(self, model: nn.Module) -> float:
+        """Size of ``model`` in the unit of the target, as a fraction of the unpruned one's."""
+        if self._unpruned is not None:
+            return self._meter.latency(model, self._unpruned)
+        if self.options.unit == "params":
+            return sum(p.numel() for p in model.parameters()) / self._whole.params
+        return self._meter.counts(model).macs / self._whole.macs
+
+    def _shown(self, sizes: Sizes, wanted: float) -> Sizes:
+        """The same, with a progress bar if tqdm is there and progress is wanted."""
+        if not self.options.progress:
+            return sizes
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return sizes
+        bar = tqdm(desc=f"searching {self.options.unit} {wanted:.3g}", unit="try", leave=False)
+
+        def shown(gone: Mapping[str, int]) -> float:
+            left = sizes(gone)
+            bar.set_postfix_str(f"{left:.4f}")
+            bar.update()
+            return left
+
+        return shown
+
+    # -- the cut -----------------------------------------------------------------------------------------------
+
+    def _cut(self, structure: Structure, masks: Mapping[str, Tensor]) -> CompensationReport | None:
+        cut = Cut(structure, masks)
+        if not len(cut):
+            return None if self.compensation is None else CompensationReport(())
+        if self.compensation is None:
+            cut.prune()
+            update_numbers(self.model, structure)
+            return None
+        self._keep_samples(self.compensation, structure)
+        return self.compensation.step(Step(structure, cut), repair=lambda model: update_numbers(model, structure))
+
+    def _keep_samples(self, compensation: Compensation, structure: Structure) -> None:
+        if self._sampled:  # inputs stay valid from step to step
+            return
+        forward_fn = self.options.forward_fn
+        if forward_fn is None:
+            compensation.calibrate(structure, self.loader, progress=self.options.progress)
+        else:
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            batches = batches_of(self.loader, device, None, self.options.progress, "Compensation")
+            with compensation.observe(structure), torch.no_grad():
+                for inputs, _ in batches:
+                    forward_fn(self.model, inputs)
+        self._sampled = True
+
+    def _output_shapes(self) -> list[torch.Size]:
+        options = self.options
+        with evaluating(self.model), torch.no_grad():
+            outputs = forward(self.model, options.example_inputs, options.forward_fn)
+        return [tensor.shape for tensor in tensors_in(outputs)]
+
+
+def _mask(prunable: Prunable, units: Tensor) -> Tensor:
+    """Which positions of a group go, where some of its units do."""
+    gone = torch.zeros(prunable.units, dtype=torch.bool)
+    gone[units] = True
+    return gone[prunable.unit]
+
+
+def _multiple(prunable: Prunable, round_to: int) -> int:
+    """So many units, or a multiple, have to stay for all layers' widths to be multiples of ``round_to``."""
+    if not round_to:
+        return 1
+    layers = (*prunable.record.producers, *prunable.record.consumers)
+    shares = {len(layer.index) // prunable.units for layer in layers} - {0}
+    return math.lcm(*(round_to // math.gcd(round_to, share) for share in shares))
+
+
+def _change(prunable: Prunable, scores: Tensor, removed: Tensor, mask: Tensor) -> GroupChange:
+    record = prunable.record
+    return GroupChange(
+        record.key,
+        tuple(layer.name for layer in record.producers),
+        record.width,
+        record.width - int(mask.sum()),
+        prunable.units,
+        tuple(scores.tolist()),
+        tuple(sorted(removed.tolist())),
+    )
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    shown = [f"{key} ({reason})" for key, reason in list(reasons.items())[:5]]
+    more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    return ", ".join(shown) + more if shown else "it has none"
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (IPPROError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise StructureError(f"{what}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,192 @@
+"""``prune()``: from a model and a target to a smaller model, in one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..calibration.subject import resolve
+from ..compensation.step import Compensation
+from ..errors import StructureError
+from ..importance.pro import PROImportance
+from .loop import Loop, Options, Scope
+from .measure import Meter, Unit
+from .result import PruneResult
+from .scoring import Importance, LossFn, Scorer
+from .structure import Forward, Transform
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    loader: Iterable[Any],
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    ratio: float | None = None,
+    importance: Importance | None = None,
+    compensation: bool | Compensation = True,
+    scope: Scope = "global",
+    steps: int = 1,
+    ignored_layers: Sequence[nn.Module | str] | None = None,
+    round_to: int | None = None,
+    max_pruning_ratio: float = 0.9,
+    forward_fn: Forward | None = None,
+    output_transform: Transform | None = None,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruneResult:
+    """Prune a copy of a model to a target and refit it, without training.
+
+    The layers that make the model's outputs keep them, heads of attention stay equal, and a layer whose channels
+    cannot be removed is left whole and named in the result. ``model``, the importance, the compensation and
+    torch's random streams are left as they are, also after an exception.
+
+    Args:
+        model: any model that Torch-Pruning can trace.
+        example_inputs: what it is called with: a tensor, a tuple of positional or a dict of keyword arguments;
+            one sample, as a rule. MACs and latency are those of a call with them.
+        loader: calibration data: an iterable of ``(inputs, targets)`` batches or of inputs alone. Labels are not
+            needed by the default importance. A few hundred samples do.
+        macs: target, the fraction of multiply-accumulates that is left; give exactly one target. It is met within
+            0.01.
+        params: target, the fraction of parameters that is left.
+        latency: target, the fraction of the time of a forward pass that is left, on the model's device.
+        ratio: instead, the fraction of channels that goes.
+        importance: of Torch-Pruning or of this package, not calibrated; those that read ``.grad`` get a backward
+            pass. ``None``: :class:`~ippro_tp.PROImportance`.
+        compensation: refit the layers after the cut (see :class:`~ippro_tp.Compensation`); one with other
+            settings may be given.
+        scope: ``"global"``: channels of all layers are ranked together; ``"local"``: all layers lose the same
+            fraction.
+        steps: cuts on the way to the target, with a new calibration before each.
+        ignored_layers: modules of ``model``, or their names, that keep their outputs, besides those that make the
+            model's.
+        round_to: widths are multiples of this.
+        max_pruning_ratio: a layer loses at most this fraction of its channels, over all steps.
+        forward_fn: ``(model, inputs) -> outputs``, where ``model(inputs)`` is not how the model is called.
+        output_transform: picks what matters out of the model's outputs, for tracing and for the loss.
+        loss_fn: ``(outputs, targets) -> scalar``, averaged over the batch, for the importance.
+        seed: of all that is random: the same seed gives the same channels.
+        progress: show progress bars if tqdm is installed.
+
+    Returns:
+        The pruned model and its measured size.
+
+    Raises:
+        ValueError: an argument is out of range, or not exactly one target is given.
+        TargetError: the target cannot be met; ``nearest`` says what can.
+        StructureError: the model cannot be copied or traced.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> x = torch.randn(32, 4)
+        >>> result = prune(model, x[:1], [x], macs=0.5, progress=False)
+        >>> result.model[0].out_features, round(result.macs, 2)
+        (32, 0.5)
+    """
+    unit, target = _target(macs=macs, params=params, latency=latency, ratio=ratio)
+    _check(scope, steps, round_to, max_pruning_ratio, unit, target)
+    _, given = resolve(model)
+    ignored = _names(given, ignored_layers or ())
+    try:
+        copied = copy.deepcopy(given)
+    except Exception as error:
+        raise StructureError(
+            f"the model cannot be copied ({type(error).__name__}: {error}). If a forward pass left tensors with a "
+            "graph on it, build it anew; hooks and locks cannot be copied either."
+        ) from error
+    device = next((p.device for p in given.parameters()), torch.device("cpu"))
+    example_inputs = _moved(example_inputs, device)
+    if iter(loader) is loader:  # it is gone through more than once
+        loader = list(loader)
+    options = Options(
+        unit, target, scope, steps, round_to or 0, max_pruning_ratio, ignored, example_inputs, forward_fn,
+        output_transform, progress,
+    )  # fmt: skip
+    importance = _default(seed, scope, unit) if importance is None else importance
+    scorer = Scorer(
+        importance, loader, loss_fn=loss_fn, forward_fn=forward_fn, output_transform=output_transform, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    refit = copy.deepcopy(compensation) if isinstance(compensation, Compensation) else Compensation()
+    with _seeded(seed, device):
+        loop = Loop(copied, options, scorer, loader, refit if compensation is not False else None)
+        records = loop.run()
+        meter = Meter(example_inputs, forward_fn)
+        before, after = meter.counts(given), meter.counts(copied)
+        time = meter.latency(copied, given) if unit == "latency" else None
+    copied.zero_grad()
+    return PruneResult(
+        copied, after.macs / before.macs, after.params / before.params, time, before, after, tuple(records), scope,
+        type(importance).__name__, seed,
+    )  # fmt: skip
+
+
+def _target(**targets: float | None) -> tuple[Unit, float]:
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"give exactly one target of {', '.join(targets)}; got {', '.join(given) or 'none'}")
+    ((unit, value),) = given.items()
+    if not 0 < value < 1:
+        raise ValueError(f"{unit}={value!r}; give a fraction between 0 and 1")
+    return unit, value  # type: ignore[return-value]
+
+
+def _check(
+    scope: str, steps: int, round_to: int | None, max_pruning_ratio: float, unit: Unit, target: float
+) -> None:
+    if scope not in ("global", "local"):
+        raise ValueError(f"scope={scope!r}; choose 'global' or 'local'")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}; give a positive integer")
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 0):
+        raise ValueError(f"round_to={round_to!r}; give a positive integer or None")
+    if not 0 < max_pruning_ratio <= 1:
+        raise ValueError(f"max_pruning_ratio={max_pruning_ratio!r}; give a fraction above 0, 1 at most")
+
+
+def _names(model: nn.Module, layers: Sequence[nn.Module | str]) -> tuple[str, ...]:
+    """Names of the given modules of ``model``."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for layer in layers:
+        if isinstance(layer, str):
+            model.get_submodule(layer)
+            found.append(layer)
+        elif id(layer) in names:
+            found.append(names[id(layer)])
+        else:
+            raise ValueError(f"ignored_layers: {type(layer).__name__} is no module of the model")
+    return tuple(found)
+
+
+def _default(seed: int, scope: Scope, unit: Unit) -> PROImportance:
+    """What a channel costs is told in what is aimed at."""
+    if scope == "global" and unit == "params":
+        return PROImportance(seed=seed, cost="params")
+    return PROImportance(seed=seed)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(device), value)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """All of torch's random streams start at ``seed`` inside, and go on as they were afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for each in devices:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield

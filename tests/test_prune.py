@@ -1,0 +1,377 @@
+"""prune(): targets, any importance, any kind of model, and that the model given stays as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch_pruning as tp
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ippro_tp import (
+    Compensation,
+    PROImportance,
+    SpaSPImportance,
+    StructureError,
+    TargetError,
+    prune,
+)
+from ippro_tp.pruning.counter import count
+
+
+def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.d = block(3, 16), block(16, 32), block(32, 16)
+        self.up, self.out = nn.ConvTranspose2d(32, 16, 2, 2), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.out(self.d(torch.cat((a, self.up(self.b(F.max_pool2d(a, 2)))), 1)))
+
+
+class Detector(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.stem, self.p3, self.p4 = block(3, width), block(width, width), block(width, width, 2)
+        self.h3, self.h4 = nn.Conv2d(width, 12, 1), nn.Conv2d(width, 12, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        stem = self.stem(x)
+        return [self.h3(self.p3(stem)), self.h4(self.p4(stem))]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        block(3, 32), block(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)
+    ).eval()
+
+
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def go(model: nn.Module, loader, example=None, **options):
+    example = loader[0][:1] if example is None else example
+    return prune(model, example, loader, progress=False, **options)
+
+
+def widths(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(v, second[n]) for n, v in first.items())
+
+
+# -- kinds of models: five lines each -------------------------------------------------------------------------
+
+
+def test_torchvision_resnet(images):
+    model = torchvision.models.resnet18(num_classes=10)
+    result = prune(model, images[:1], [images], macs=0.5, progress=False)
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    assert set(result.left_whole) == {"fc.out"}
+    assert result.model(images).shape == (16, 10)
+
+
+def test_timm_vit(images):
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=16, patch_size=4, num_classes=10)
+    result = prune(model, images[:1], [images], macs=0.5, progress=False)
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    heads, size = result.model.blocks[0].attn.num_heads, result.model.blocks[0].attn.head_dim
+    assert result.model.blocks[0].attn.qkv.out_features == 3 * heads * size
+    assert result.model(images).shape == (16, 10)
+
+
+def test_torchvision_vit_with_multihead_attention(images):
+    model = torchvision.models.VisionTransformer(16, 4, 2, 4, 32, 64, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)
+    result = prune(model, images[:1], [images], params=0.6, progress=False)
+    assert result.params == pytest.approx(0.6, abs=0.01)
+    assert result.model(images).shape == (16, 10)
+
+
+def test_hugging_face_bert():
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install ippro-tp[dev]")
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=50,
+        num_labels=3,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    batch = {"input_ids": torch.randint(0, 50, (16, 7)), "attention_mask": torch.ones(16, 7, dtype=torch.long)}
+    result = prune(model, {k: v[:1] for k, v in batch.items()}, [batch], macs=0.5, progress=False)
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    assert result.model(**batch).logits.shape == (16, 3)
+
+
+def test_unet(images):
+    result = prune(UNet(), images[:1], [images], macs=0.5, progress=False)
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    assert result.model(images).shape == (16, 4, 16, 16)
+
+
+def test_two_output_detector(images):
+    result = prune(Detector(), images[:1], [images], macs=0.5, progress=False)
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    assert set(result.left_whole) == {"h3.out", "h4.out"}
+    assert [out.shape[1] for out in result.model(images)] == [12, 12]
+
+
+# -- targets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("target", [{"macs": 0.3}, {"params": 0.7}])
+def test_sizes_are_measured_and_met(images, scope, target):
+    model = small()
+    result = go(model, [images], scope=scope, **target)
+    before, after = count(model, images[:1]), count(result.model, images[:1])
+    assert result.macs == after.macs / before.macs
+    assert result.params == after.params / before.params
+    assert result.latency is None
+    ((unit, wanted),) = target.items()
+    assert getattr(result, unit) == pytest.approx(wanted, abs=0.01)
+
+
+def test_ratio_is_the_fraction_of_channels_that_goes(images):
+    result = go(small(), [images], ratio=0.5, scope="local")
+    assert [g.after for g in result.groups if not g.reason] == [16, 32]
+
+
+def test_latency_is_told_where_it_is_the_target(images, monkeypatch):
+    def by_channels(self, model, whole, seconds=0.5):
+        channels = [sum(c.out_channels for c in m.modules() if isinstance(c, nn.Conv2d)) for m in (model, whole)]
+        return channels[0] / channels[1]
+
+    monkeypatch.setattr("ippro_tp.pruning.measure.Meter.latency", by_channels)
+    result = go(small(), [images], latency=0.7)
+    assert result.latency == pytest.approx(0.7, abs=0.01)
+    assert sum(p.shape[0] for n, p in result.model.named_parameters() if n.endswith("0.weight")) == 67
+
+
+def test_steps_add_up_and_the_ratio_holds_over_all(images):
+    result = go(small(), [images], macs=0.3, steps=3, max_pruning_ratio=0.6)
+    assert result.macs == pytest.approx(0.3, abs=0.01)
+    assert len(result.steps) == 3
+    assert all(g.after >= 0.4 * g.before for g in result.groups)
+
+
+def test_widths_are_multiples(images):
+    result = go(small(), [images], macs=0.5, round_to=4)
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    assert all(g.after % 4 == 0 for g in result.groups if not g.reason)
+
+
+def test_what_cannot_be_met_is_refused_with_the_nearest(images):
+    with pytest.raises(TargetError, match=r"nearest is 0\.") as caught:
+        go(small(), [images], macs=0.1, max_pruning_ratio=0.5)
+    nearest = caught.value.nearest
+    assert nearest > 0.11
+    assert go(small(), [images], macs=nearest, max_pruning_ratio=0.5).macs == pytest.approx(nearest, abs=0.01)
+
+
+def test_dead_groups_are_pruned_too_and_ties_do_not_over_prune():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 32) for _ in range(3))
+            self.f = nn.Linear(96, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(F.relu(torch.cat((self.a(x), self.b(x), self.c(x)), 1)))
+
+    model, x = Branches(), torch.randn(64, 8)
+    with torch.no_grad():
+        model.a.bias.fill_(-99)
+        model.b.bias[:16] = -99
+    result = go(model, [x], ratio=0.4)
+    assert result.model.a.out_features < 16
+    assert result.model.c.out_features == 32
+    assert go(model, [x], ratio=0.6).model.a.out_features == 4  # all are dead: as far as max_pruning_ratio lets it
+    assert sum(g.after for g in result.groups if not g.reason) == pytest.approx(0.6 * 96, abs=1)
+
+
+# -- importances, compensation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "importance",
+    [
+        tp.importance.MagnitudeImportance(p=1),
+        tp.importance.RandomImportance(),
+        tp.importance.TaylorImportance(),
+        tp.importance.HessianImportance(),
+        SpaSPImportance(),
+        PROImportance(estimator="paper"),
+    ],
+    ids=lambda importance: type(importance).__name__,
+)
+def test_any_importance(images, importance):
+    before = dict(vars(importance))
+    labelled = [(images, torch.arange(16) % 5)]
+    result = prune(small(), images[:1], labelled, macs=0.5, importance=importance, progress=False)
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    assert result.importance == type(importance).__name__
+    assert vars(importance) == before
+
+
+def test_gradients_are_those_of_the_loss(images):
+    seen = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets)
+        return outputs.square().mean()
+
+    batches = [(images, torch.zeros(16, 3))]
+    go(small(), batches, images[:1], macs=0.5, importance=tp.importance.TaylorImportance(), loss_fn=loss)
+    assert len(seen) == 1
+    go(small(), batches, images[:1], macs=0.5, importance=tp.importance.TaylorImportance())  # no class numbers
+
+
+def test_compensation_can_be_left_out_and_chosen(images):
+    plain = go(small(), [images], macs=0.5, compensation=False)
+    default = go(small(), [images], macs=0.5)
+    chosen = go(small(), [images], macs=0.5, compensation=Compensation(ridge=0.1))
+    assert widths(plain.model) == widths(default.model)
+    assert not same(plain.model, default.model)
+    assert not same(chosen.model, default.model)
+    assert plain.steps[0].refitted is None
+    assert default.steps[0].refitted.rows
+
+
+# -- what stays as it was --------------------------------------------------------------------------------------
+
+
+def test_the_model_and_random_streams_stay_as_they_were(images):
+    model = small().train()
+    model[0].requires_grad_(False)
+    model(images).sum().backward()
+    twin, grads = copy.deepcopy(model), [p.grad for p in model.parameters()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    result = go(model, [images], macs=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(model, twin)
+    assert all(a is b for a, b in zip(grads, (p.grad for p in model.parameters()), strict=True))
+    assert [m.training for m in model.modules()] == [m.training for m in result.model.modules()]
+    assert [p.requires_grad for p in result.model.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in result.model.parameters())
+
+
+@pytest.mark.parametrize("fails_at", ["importance", "loader"])
+def test_the_model_stays_as_it_was_after_an_exception(images, fails_at):
+    def importance(group):
+        raise ZeroDivisionError
+
+    def loader():
+        yield images
+        raise ZeroDivisionError
+
+    model = small().train()
+    twin = copy.deepcopy(model)
+    options = {"importance": importance} if fails_at == "importance" else {}
+    with pytest.raises(ZeroDivisionError):
+        prune(
+            model, images[:1], loader() if fails_at == "loader" else [images], macs=0.5, progress=False, **options
+        )
+    assert same(model, twin)
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_seed_decides(images):
+    options = {"macs": 0.5, "importance": tp.importance.RandomImportance()}
+    first, second, other = (go(small(), [images], seed=seed, **options).model for seed in (0, 0, 1))
+    assert same(first, second)
+    assert not same(first, other) if widths(first) == widths(other) else True
+    iterator = prune(small(), images[:1], iter([images]), macs=0.5, progress=False)
+    assert same(iterator.model, go(small(), [images], macs=0.5).model)
+
+
+# -- arguments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_name", [False, True])
+def test_ignored_layers_keep_their_outputs(images, as_name):
+    model = small()
+    result = go(model, [images], params=0.7, ignored_layers=["0" if as_name else model[0]])
+    assert result.model[0][0].out_channels == 32
+    assert result.left_whole["0.0.out"] == "named in ignored_layers"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one target"),
+        ({"macs": 0.5, "params": 0.5}, "exactly one target"),
+        ({"macs": 1.5}, "between 0 and 1"),
+        ({"macs": 0.5, "scope": "layer"}, "scope"),
+        ({"macs": 0.5, "steps": 0}, "steps"),
+        ({"macs": 0.5, "round_to": -8}, "round_to"),
+        ({"macs": 0.5, "max_pruning_ratio": 0}, "max_pruning_ratio"),
+        ({"macs": 0.5, "ignored_layers": [nn.Linear(1, 1)]}, "no module of the model"),
+    ],
+)
+def test_bad_arguments(images, options, message):
+    with pytest.raises(ValueError, match=message):
+        go(small(), [images], **options)
+
+
+def test_forward_fn_and_output_transform(images):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x: Tensor, scale: float) -> tuple[str, Tensor]:
+            return "scores", self.net(x) * scale
+
+    result = go(
+        Odd(),
+        [images],
+        macs=0.5,
+        forward_fn=lambda model, x: model(x, 2.0),
+        output_transform=lambda out: out[1],
+        steps=2,
+    )
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    assert result.model(images, 1.0)[1].shape == (16, 5)
+
+
+def test_a_model_that_does_not_run_is_named(images):
+    with pytest.raises(StructureError, match="example inputs"):
+        go(small(), [images], images[:1, :2], macs=0.5)
+
+
+# -- shown -----------------------------------------------------------------------------------------------------
+
+
+def test_the_result_prints_and_is_html(images):
+    result = go(small(), [images], macs=0.5)
+    text, page = str(result), result._repr_html_()
+    for part in ("0.0.out", "4.out: its channels are the model's output", "refitted: ", f"({result.macs:.1%})"):
+        assert part in text
+    assert page.startswith("<p>")
+    assert "<td>0.0.out</td>" in page
+    assert "model&#x27;s output" in page
