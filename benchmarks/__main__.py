@@ -14,6 +14,7 @@ from benchmarks.paper import calibration_size, correlation, curves, lam, magnitu
 from benchmarks.pipeline import config as pipeline_config
 from benchmarks.pipeline import run as pipeline
 from benchmarks.pipeline import settings
+from benchmarks.robustness import run as robustness
 from benchmarks.scan import command as scan
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "magnitude": (magnitude.MagnitudeConfig, magnitude.run),
     "correlation": (correlation.CorrelationConfig, correlation.run),
     "calibration-size": (calibration_size.CalibrationSizeConfig, calibration_size.run),
+    "robustness": (robustness.RobustnessConfig, robustness.run),
     "scan": (scan.ScanConfig, scan.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""
