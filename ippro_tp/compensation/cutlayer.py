@@ -23,7 +23,7 @@ PLAIN_FORWARDS = {
         nn.ConvTranspose3d,
     )
 }
-"""Layers that use their weight as it is."""
+"""Layers that use their weight as it is; others are measured."""
 
 
 class CutLayer:
@@ -35,12 +35,12 @@ class CutLayer:
         norm: the BatchNorm that alone reads its output, if there is one.
     """
 
-    def __init__(self, name: str, module: nn.Linear | _ConvNd, norm: _BatchNorm | None) -> None:
+    def __init__(self, name: str, module: nn.Linear | _ConvNd, norm: _BatchNorm | None = None) -> None:
         self.name, self.module, self._norm = name, module, norm
-        self._transposed = isinstance(module, _ConvNd) and module.transposed
-        self.all_inputs = module.in_channels if isinstance(module, _ConvNd) else module.in_features
+        self.all_inputs = self.inputs
         outputs = module.out_channels if isinstance(module, _ConvNd) else module.out_features
         self._outputs = list(range(outputs))
+        self._before: list[tuple[Tensor, Tensor]] = []
 
     @property
     def inputs(self) -> int:
@@ -50,7 +50,7 @@ class CutLayer:
     @property
     def outputs(self) -> Tensor:
         """``(outputs left,)`` int64: their numbers before the cuts."""
-        return torch.tensor(self._outputs)
+        return torch.tensor(self._outputs, dtype=torch.long)
 
     @property
     def groups(self) -> int:
@@ -61,8 +61,7 @@ class CutLayer:
     def features(self) -> int:
         """What one filter reads: channels of its group times taps."""
         weight: Tensor = self.module.weight
-        across = 0 if self._transposed else 1
-        return weight[0].numel() if across else weight.numel() // (self.groups * weight.shape[1])
+        return weight.numel() // (self.groups * weight.shape[1]) if self._transposed else weight[0].numel()
 
     @property
     def constant(self) -> str:
@@ -73,59 +72,72 @@ class CutLayer:
 
     @property
     def unfit(self) -> str:
-        """Why the weight cannot be changed; empty if it can."""
+        """Why the weight cannot be changed, whatever the layer computes; empty if it can."""
         if parametrize.is_parametrized(self.module) or hasattr(self.module, "weight_g"):
             return "its weight is parametrized"
-        if type(self.module).forward not in PLAIN_FORWARDS and not _is_linear_after_all(self.module):
-            return "its class has a forward of its own, which may change the weight (standardisation, say)"
+        if not self.module.weight.is_floating_point():
+            return f"its weight is {str(self.module.weight.dtype).removeprefix('torch.')}"
         return ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer is known to use its weight as it is; otherwise that has to be measured."""
+        return type(self.module).forward in PLAIN_FORWARDS and "forward" not in vars(self.module)
 
     def remove_outputs(self, idxs: Iterable[int]) -> None:
         """Note that the output channels ``idxs``, in present numbering, are about to be cut."""
         gone = set(idxs)
         self._outputs = [c for i, c in enumerate(self._outputs) if i not in gone]
 
-    def matrix(self) -> Tensor:
-        """``(groups, features, outputs of a group)`` float64: the weight."""
-        weight: Tensor = self.module.weight.detach().double()
-        if self._transposed:  # (inputs, outputs of a group, *kernel)
-            matrix: Tensor = weight.flatten(2).unflatten(0, (self.groups, -1)).transpose(2, 3).flatten(1, 2)
-        else:
-            matrix = weight.flatten(1).unflatten(0, (self.groups, -1)).transpose(1, 2)
-        return matrix
+    def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``(groups, features, outputs of a group)``: the weight; features are taps times channels."""
+        weight: Tensor = self.module.weight.detach().to(dtype)
+        if isinstance(self.module, nn.Linear):
+            return weight.mT.unsqueeze(0)
+        weight = weight.flatten(2).unflatten(0, (self.groups, -1))
+        # transposed: (groups, inputs, outputs, taps); else (groups, outputs, inputs, taps)
+        weight = weight.permute(0, 3, 1, 2) if self._transposed else weight.permute(0, 3, 2, 1)
+        return weight.flatten(1, 2)
 
     def add(self, delta: Tensor | None, constant: Tensor | None) -> None:
-        """Change the weight by ``(groups, features, outputs)`` and the mean output by ``(groups, outputs)``."""
+        """Change the weight by ``(groups, features, outputs)`` and the mean output by ``(groups, outputs)``.
+
+        :meth:`undo` takes all changes back.
+        """
         if delta is not None:
-            weight: Tensor = self.module.weight
-            total = self.matrix() + delta
-            if self._transposed:
-                taps = weight[0, 0].numel()
-                total = total.unflatten(1, (-1, taps)).transpose(2, 3).flatten(0, 1)
-            else:
-                total = total.transpose(1, 2).flatten(0, 1)
-            weight.copy_(total.reshape(weight.shape))
-        if constant is None:
-            return
-        if self.module.bias is not None:
-            self.module.bias.add_(constant.flatten())
-        elif self._norm is not None and self._norm.running_mean is not None:
-            self._norm.running_mean.sub_(constant.flatten())
+            self._change(self.module.weight, self._as_weight(self.matrix(delta.dtype) + delta))
+        if constant is not None and self.module.bias is not None:
+            self._change(self.module.bias, self.module.bias.to(constant.dtype) + constant.flatten())
+        elif constant is not None and self._norm is not None and self._norm.running_mean is not None:
+            mean = self._norm.running_mean
+            self._change(mean, mean.to(constant.dtype) - constant.flatten())
 
+    def undo(self) -> None:
+        """Bring back the weight, bias and mean from before the first :meth:`add`, to the bit."""
+        for tensor, value in reversed(self._before):
+            tensor.detach().copy_(value)
+        self._before.clear()
 
-def _is_linear_after_all(module: nn.Module) -> bool:
-    """Whether a subclass of ``nn.Linear`` computes what that does, as timm's, which casts in TorchScript only."""
-    if not isinstance(module, nn.Linear):
-        return False
-    weight = module.weight
-    probe = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
-    with torch.no_grad():
-        try:
-            found = module.forward(probe)
-        except (TypeError, ValueError, RuntimeError):  # it wants something else: not a plain layer
-            return False
-        wanted = nn.functional.linear(probe, weight, module.bias)
-        return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted)
+    @property
+    def changed(self) -> bool:
+        """Whether there is something to :meth:`undo`."""
+        return bool(self._before)
+
+    @property
+    def _transposed(self) -> bool:
+        return isinstance(self.module, _ConvNd) and self.module.transposed
+
+    def _change(self, tensor: Tensor, value: Tensor) -> None:
+        self._before.append((tensor, tensor.detach().clone()))
+        tensor.detach().copy_(value.view(tensor.shape))
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        if isinstance(self.module, nn.Linear):
+            return matrix[0].mT
+        shape = self.module.weight.shape
+        matrix = matrix.unflatten(1, (shape[2:].numel(), -1))  # (groups, taps, inputs, outputs)
+        matrix = matrix.permute(0, 2, 3, 1) if self._transposed else matrix.permute(0, 3, 2, 1)
+        return matrix.reshape(shape)
 
 
 def norm_after(graph: Any, module: nn.Module) -> _BatchNorm | None:

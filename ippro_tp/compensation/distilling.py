@@ -89,7 +89,7 @@ class Distillation:
 
     def _learn(self, optimizer: torch.optim.Optimizer, batch: Tensor) -> bool:
         """One step; ``False``, and none, where the gradient is not finite."""
-        args, kwargs = self._augmented(*self._samples.chosen(batch))
+        args, kwargs = self._augmented(*self._samples.arguments(batch))
         with torch.no_grad():
             wanted = _floats(self._teacher(*args, **kwargs))
         optimizer.zero_grad()
@@ -132,7 +132,7 @@ class Distillation:
         return torch.stack(shares).mean()
 
     def _call(self, model: nn.Module, batch: Tensor) -> Any:
-        args, kwargs = self._samples.chosen(batch)
+        args, kwargs = self._samples.arguments(batch)
         return model(*args, **kwargs)
 
     def _augmented(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import nn
 
 from ..calibration.batches import as_call, batches_of
@@ -14,6 +13,7 @@ from ..calibration.guard import preserved
 from ..calibration.processes import all_or_none, unsynchronised
 from ..calibration.subject import eagerly, resolve
 from ..errors import NEVER_CALLED, NotCalibratedError, ObservationError
+from .passes import device_of
 from .samples import Samples
 
 T = TypeVar("T", bound="KeptInputs")
@@ -68,6 +68,7 @@ class KeptInputs:
                     handle.remove()
             if samples.count == 0:
                 raise ObservationError(NEVER_CALLED)
+        samples.settle()
         samples.gather()
         self._samples = samples
 
@@ -88,11 +89,12 @@ class KeptInputs:
             ObservationError: inputs cannot be joined: they differ in shape, or have no batch dimension.
         """
         _, model = resolve(target)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         samples = Samples(self.max_samples)
         with all_or_none():
             for inputs, _ in batches_of(loader, device, max_samples, progress, type(self).__name__):
                 samples.add(*as_call(inputs))
+        samples.settle()
         samples.gather()
         self._samples = samples
         return self
@@ -121,7 +123,11 @@ class KeptInputs:
         return self._samples.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave; samples are moved to the model's device when they are used.
+
+        Raises:
+            ValueError: the state is something else. The samples held before are then still there.
+        """
         self._samples.load_state_dict(state)
 
     def _check_calibrated(self) -> None:

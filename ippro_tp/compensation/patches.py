@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,92 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 GOLDEN = (5**0.5 - 1) / 2
 
 
-def tap_sources(module: _ConvNd, dim: int, length: int) -> Tensor:
+@dataclass(frozen=True)
+class Rows:
+    """Some positions of a layer's output.
+
+    Attributes:
+        shape: all of them: ``(batch, *spatial)`` of a convolution, everything but channels of a Linear layer.
+        index: ``(rows,)`` int64, those chosen, in the flattened ``shape``.
+    """
+
+    shape: tuple[int, ...]
+    index: Tensor
+
+    def coordinate(self, axis: int) -> Tensor:
+        """``(rows,)`` int64: where along ``axis`` of ``shape`` each row lies."""
+        return self.index // math.prod(self.shape[axis + 1 :]) % self.shape[axis]
+
+
+def choose(total: int, some: int) -> Tensor:
+    """``(min(some, total),)`` int64, ascending: different numbers below ``total``, one from each of equal parts.
+
+    Where in its part each lies goes by steps of the golden ratio, so that batch and space are both covered.
+    """
+    if some >= total:
+        return torch.arange(total)
+    if 2 * some > total:  # too close together: choose those that are left out
+        kept = torch.ones(total, dtype=torch.bool)
+        kept[choose(total, total - some)] = False
+        return kept.nonzero().view(-1)
+    part = torch.arange(some, dtype=torch.float64)
+    return ((part + part * GOLDEN % 1) * total / some).long()
+
+
+def rows_of(module: nn.Module, y: Tensor) -> tuple[int, ...]:
+    """The :attr:`Rows.shape` of a layer's output ``y``."""
+    return (y.shape[0], *y.shape[2:]) if isinstance(module, _ConvNd) else tuple(y.shape[:-1])
+
+
+def outputs_at(module: nn.Module, y: Tensor, rows: Rows) -> Tensor:
+    """``(rows, channels)``: a layer's output ``y`` at some positions."""
+    index = rows.index.to(y.device)
+    if not isinstance(module, _ConvNd):
+        return y.reshape(-1, y.shape[-1]).index_select(0, index)
+    space = math.prod(rows.shape[1:])
+    found: Tensor = y.flatten(2)[index // space, :, index % space] if y.dim() > 2 else y[index]
+    return found
+
+
+def inputs_at(module: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+    """What a layer reads for the outputs that :func:`outputs_at` gives.
+
+    Args:
+        module: a Conv or Linear layer.
+        x: its input.
+        rows: which.
+
+    Returns:
+        ``(groups, rows, features)``; features are those of one filter: taps times channels, taps slowest.
+    """
+    index = rows.index.to(x.device)
+    if not isinstance(module, _ConvNd):
+        return x.reshape(-1, x.shape[-1]).index_select(0, index).unsqueeze(0)
+    where, inside = _read_from(module, tuple(x.shape[2:]), rows.shape[1:], index % math.prod(rows.shape[1:]))
+    sample, space = index // math.prod(rows.shape[1:]), math.prod(x.shape[2:])
+    if where.numel() * 4 < x.shape[0] * space:  # few: not worth turning the whole input round
+        values = x.flatten(2)[sample.unsqueeze(1), :, where]
+    else:
+        channels_last = x.flatten(2).transpose(1, 2).reshape(-1, x.shape[1])
+        values = channels_last.index_select(0, (sample.unsqueeze(1) * space + where).view(-1)).view(
+            *where.shape, -1
+        )
+    if inside is not None:
+        values = values * inside.unsqueeze(-1)
+    grouped: Tensor = values.unflatten(2, (module.groups, -1)).permute(2, 0, 1, 3)
+    rows_read: Tensor = grouped.reshape(module.groups, len(index), -1)
+    return rows_read
+
+
+def tap_sources(module: _ConvNd, dim: int, length: int, outputs: int | None = None) -> Tensor:
     """Input position that each tap reads for each output along one spatial dimension; -1: a zero.
 
     Args:
         module: a convolution, transposed or not.
         dim: spatial dimension, 0 for the first.
         length: size of the input along it.
+        outputs: size of the output along it, if known. Where the layer's own padding would give another one,
+            zeros are taken to be added on both sides alike, as in TensorFlow's ``"SAME"``.
 
     Returns:
         ``(outputs, kernel)`` int64. Zeros are those of padding, or gaps of a transposed convolution.
@@ -27,8 +107,8 @@ def tap_sources(module: _ConvNd, dim: int, length: int) -> Tensor:
     taps = torch.arange(kernel) * dilation
     if isinstance(module, _ConvTransposeNd):
         padding = int(module.padding[dim])
-        outputs = (length - 1) * stride - 2 * padding + dilation * (kernel - 1) + module.output_padding[dim] + 1
-        reached = torch.arange(outputs).unsqueeze(1) + padding - taps
+        usual = (length - 1) * stride - 2 * padding + dilation * (kernel - 1) + module.output_padding[dim] + 1
+        reached = torch.arange(usual if outputs is None else outputs).unsqueeze(1) + padding - taps
         source = reached // stride
         return torch.where((reached % stride == 0) & (source >= 0) & (source < length), source, -1)
     # torch keeps the padding last dimension first, as (before, after) pairs.
@@ -37,90 +117,25 @@ def tap_sources(module: _ConvNd, dim: int, length: int) -> Tensor:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     numbers = torch.arange(1.0, length + 1, dtype=torch.float64).view(1, 1, -1)
     padded = F.pad(numbers, (pairs[at], pairs[at + 1]), mode=mode).view(-1).long() - 1
-    outputs = max(0, (padded.numel() - dilation * (kernel - 1) - 1) // stride + 1)
-    return padded[torch.arange(outputs).unsqueeze(1) * stride + taps]
+    usual = max(0, (padded.numel() - dilation * (kernel - 1) - 1) // stride + 1)
+    if outputs is None or outputs == usual:
+        return padded[torch.arange(usual).unsqueeze(1) * stride + taps]
+    missing = max(0, (outputs - 1) * stride + dilation * (kernel - 1) + 1 - length)
+    source = torch.arange(outputs).unsqueeze(1) * stride + taps - missing // 2
+    return torch.where((source >= 0) & (source < length), source, -1)
 
 
-def positions(first: int, samples: int, some: int, total: int) -> Tensor:
-    """``(samples, min(some, total))`` int64: positions out of ``total`` for the samples from number ``first`` on.
-
-    They follow a golden-ratio sequence, so that all positions have their turn, whatever the batches.
-    """
-    if some >= total:
-        return torch.arange(total).expand(samples, -1)
-    turn = torch.arange(first * some, (first + samples) * some, dtype=torch.float64)
-    return (turn * GOLDEN % 1 * total).long().view(samples, some)
-
-
-def outputs_at(module: nn.Module, y: Tensor, first: int, samples: int, some: int) -> Tensor:
-    """Outputs of a layer at some positions per sample.
-
-    Args:
-        module: a Conv or Linear layer.
-        y: its output. A convolution's ``(B, channels, ...)``, B a multiple of ``samples``, each of which is
-            B / samples rows; a Linear layer's ``(B, ..., channels)``.
-        first: number of the first sample.
-        samples: how many there are.
-        some: positions per row of a convolution, per sample of a Linear layer.
-
-    Returns:
-        ``(rows, channels)``, those of a sample next to each other.
-    """
-    y = y.flatten(2) if isinstance(module, _ConvNd) else _by_sample(y, samples).transpose(1, 2)
-    chosen = _chosen(y, first, samples, some, y.shape[2])
-    at = chosen.unsqueeze(1).expand(-1, y.shape[1], -1)
-    return y.gather(2, at).transpose(1, 2).flatten(0, 1)
-
-
-def inputs_at(module: nn.Module, x: Tensor, first: int, samples: int, some: int) -> Tensor:
-    """What a layer reads for the outputs that :func:`outputs_at` gives.
-
-    Args:
-        module: as there.
-        x: its input.
-        first: as there.
-        samples: as there.
-        some: as there.
-
-    Returns:
-        ``(groups, rows, features)``; features are those of one filter: channels times taps, channels slowest.
-    """
-    if not isinstance(module, _ConvNd):
-        values = _by_sample(x, samples).transpose(1, 2)
-        chosen = _chosen(values, first, samples, some, values.shape[2])
-        at = chosen.unsqueeze(1).expand(-1, values.shape[1], -1)
-        return values.gather(2, at).transpose(1, 2).flatten(0, 1).unsqueeze(0)
-    sources = [tap_sources(module, d, n).to(x.device) for d, n in enumerate(x.shape[2:])]
-    total = math.prod(s.shape[0] for s in sources)
-    values = _patches(x, sources, _chosen(x, first, samples, some, total))
-    rows: Tensor = values.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    return rows
-
-
-def _by_sample(x: Tensor, samples: int) -> Tensor:
-    """``(B, ..., c)`` as ``(samples, positions, c)``."""
-    return x.reshape(samples, -1, x.shape[-1])
-
-
-def _chosen(x: Tensor, first: int, samples: int, some: int, total: int) -> Tensor:
-    per_sample = x.shape[0] // samples
-    return positions(first * per_sample, x.shape[0], some, total).to(x.device)
-
-
-def _patches(x: Tensor, sources: list[Tensor], chosen: Tensor) -> Tensor:
-    """``(n, channels * taps, outputs)`` of ``(n, channels, *lengths)`` for the ``(n, outputs)`` outputs chosen."""
-    n, channels = x.shape[:2]
-    sizes = [s.shape[0] for s in sources]
-    index = torch.zeros(n, chosen.shape[1], 1, dtype=torch.long, device=x.device)
+def _read_from(
+    module: _ConvNd, lengths: tuple[int, ...], sizes: tuple[int, ...], position: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """``(rows, taps)``: flat input positions, and whether they lie inside; ``None``: all do."""
+    index = torch.zeros(len(position), 1, dtype=torch.long, device=position.device)
     inside = torch.ones_like(index, dtype=torch.bool)
-    rest = chosen
-    for dim in reversed(range(len(sources))):  # taps are joined last dimension fastest, as in the weight
-        read = sources[dim][rest % sizes[dim]].unsqueeze(-1)
+    rest = position
+    for dim in reversed(range(len(sizes))):  # taps are joined last dimension fastest, as in the weight
+        source = tap_sources(module, dim, lengths[dim], sizes[dim]).to(position.device)
+        read = source[rest % sizes[dim]].unsqueeze(-1)
         rest = rest // sizes[dim]
-        step = math.prod(x.shape[3 + dim :])
-        index = (read.clamp_min(0) * step + index.unsqueeze(-2)).flatten(-2)
+        index = (read.clamp_min(0) * math.prod(lengths[dim + 1 :]) + index.unsqueeze(-2)).flatten(-2)
         inside = ((read >= 0) & inside.unsqueeze(-2)).flatten(-2)
-    where = index.flatten(1).unsqueeze(1).expand(-1, channels, -1)
-    values = x.flatten(2).gather(2, where).view(n, channels, *index.shape[1:])
-    values = values * inside.unsqueeze(1).to(x.dtype)
-    return values.transpose(2, 3).flatten(1, 2)
+    return index, None if bool(inside.all()) else inside

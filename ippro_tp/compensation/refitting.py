@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from ..calibration.guard import evaluating
+from ..errors import ObservationError
 from .cutlayer import CutLayer
-from .patches import inputs_at, outputs_at
+from .passes import after_each, device_of, drawn_so_far, output_error, read_by, reproducibly
+from .patches import Rows, choose, inputs_at, outputs_at, rows_of
+from .probe import Facts, probe
 from .regression import refit
-from .samples import Samples
+from .samples import Samples, even_choice
 
-ROWS, MOST_ROWS, WORK = 4096, 16384, 1 << 32
-"""A layer with f features is fitted to WORK / f^2 output positions, at least ROWS, at most MOST_ROWS."""
-CHUNK = 64
-"""Samples per forward pass of the uncut model."""
+ROWS, MOST_ROWS, PER_FEATURE = 2048, 16384, 48
+"""A layer with f features is fitted to PER_FEATURE * f output positions, at least ROWS, at most MOST_ROWS."""
+HELD_OUT, MOST_HELD_OUT = 1 / 8, 128
+"""Of the samples, this part, at most that many, are kept from the fit and judge the whole."""
+ZERO = 64
+"""An error of so many times the rounding of a single value is none."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class LayerReport:
     """What :meth:`Compensation.step` did to one layer.
 
     Attributes:
-        name: dotted module name.
+        name: dotted module name; projections of ``nn.MultiheadAttention`` are ``q_proj``, ``k_proj``, ``v_proj``.
         kept, removed: numbers of input channels; none may be removed: a layer whose inputs changed because of
             cuts before it is refitted as well.
         lost: error of its output on held-out samples, as a share of the output's power, after the layers before it
@@ -54,213 +56,350 @@ class LayerReport:
         head = f"{self.name}: {self.removed} of {self.kept + self.removed} inputs removed"
         if self.skipped:
             return f"{head}; not compensated: {self.skipped}"
-        how = {True: "left as it is"}.get(math.isnan(self.ridge), f"ridge {self.ridge:.0e}")
+        how = "left as it is" if math.isnan(self.ridge) else f"ridge {self.ridge:.0e}"
+        if math.isnan(self.left):
+            return f"{head}; output error {self.lost:.2%}, too few samples to hold some out ({how})"
         return f"{head}; output error {self.lost:.2%} -> {self.left:.2%} ({how})"
 
 
-def refit_layers(
-    model: nn.Module,
-    uncut: nn.Module,
-    layers: Sequence[CutLayer],
-    samples: Samples,
-    ridge: float | None,
-    memory: int,
-) -> list[LayerReport]:
-    """Refit each layer of ``model`` to the outputs it has in ``uncut``, from what it reads in ``model``.
-
-    Args:
-        model: the cut model; its weights, biases and BatchNorm means are changed.
-        uncut: a copy from before the cut.
-        layers: those of ``model`` that may be refitted.
-        samples: what the models are called with.
-        ridge: see :func:`ippro_tp.compensation.regression.refit`.
-        memory: bytes that the largest output of a module may take, over all samples that are used.
-
-    Returns:
-        Reports in forward order; layers that give what they gave are left out.
-    """
-    with evaluating(model), evaluating(uncut):
-        probe = _Probe(uncut, layers, samples)
-        used = Samples(max(2, min(samples.count, int(memory // max(1, probe.largest)))))
-        used.merge(samples)
-        wanted = _wanted(uncut, layers, used, probe)
-        return _Pass(layers, wanted, used.count, ridge, probe).run(model, used)
-
-
-class _Probe:
-    """One sample through the uncut model: how often layers are called, and how large activations are.
+@dataclass(frozen=True)
+class Outcome:
+    """What a refit came to.
 
     Attributes:
-        calls: per layer.
-        per_sample: per layer, entries of dimension 0 of its input per sample.
-        largest: bytes of the largest output of a module, per sample.
+        rows: one report per layer that reads other values than before the cut, in forward order.
+        before: error of the model's outputs on held-out samples as cut, see :func:`output_error`; NaN if unknown.
+        after: the same after the refit.
+        reverted: why all layers were left as they were cut after all; empty if they were not.
     """
 
-    def __init__(self, uncut: nn.Module, layers: Sequence[CutLayer], samples: Samples) -> None:
-        self.calls: dict[str, int] = {}
-        self.per_sample: dict[str, float] = {}
-        self.largest = 0
-
-        def note(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-            self.calls[name] = self.calls.get(name, 0) + 1
-            self.per_sample[name] = float(x.shape[0])
-
-        def measure(module: nn.Module, args: Any, y: Any) -> None:
-            if isinstance(y, Tensor):
-                self.largest = max(self.largest, y.numel() * y.element_size())
-
-        handles = [module.register_forward_hook(measure) for module in uncut.modules()]
-        try:
-            with _outputs(uncut, layers, note):
-                args, kwargs = samples.arguments(0, 1)
-                uncut(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def reason(self, layer: CutLayer, x: Tensor, count: int) -> str:
-        """Why a layer that reads ``x`` for ``count`` samples cannot be refitted; empty if it can."""
-        calls = self.calls.get(layer.name, 0)
-        if layer.unfit:
-            return layer.unfit
-        if calls != 1:
-            return f"a forward pass calls it {calls} times"
-        if isinstance(layer.module, _ConvNd) and x.dim() != len(layer.module.kernel_size) + 2:
-            return "its input has no batch dimension"
-        if x.shape[0] != self.per_sample[layer.name] * count:
-            return "dimension 0 of its input does not count samples"
-        return ""
-
-    def positions(self, layer: CutLayer, count: int) -> int:
-        """Output positions to fit a layer to: per row of a convolution's input, per sample of a Linear layer."""
-        rows = min(MOST_ROWS, max(ROWS, WORK // layer.features**2))
-        own = self.per_sample[layer.name] if isinstance(layer.module, _ConvNd) else 1
-        return max(1, math.ceil(rows / (count * own)))
+    rows: tuple[LayerReport, ...]
+    before: float = float("nan")
+    after: float = float("nan")
+    reverted: str = ""
 
 
-def _wanted(uncut: nn.Module, layers: Sequence[CutLayer], samples: Samples, probe: _Probe) -> Mapping[str, Tensor]:
-    """Per layer, ``(rows, outputs left)``: what it gives in the uncut model, at some positions."""
-    found: dict[str, list[Tensor]] = {}
-    by_name = {layer.name: layer for layer in layers}
-    first = 0
+@dataclass(frozen=True)
+class _Wanted:
+    """What a layer gave in one of its calls in the uncut model, at some positions; those of even samples first."""
 
-    def keep(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        layer, count = by_name[name], min(CHUNK, samples.count - first)
-        if not probe.reason(layer, x, count):
-            some = probe.positions(layer, samples.count)
-            rows = outputs_at(module, y, first, count, some)
-            found.setdefault(name, []).append(rows[:, layer.outputs.to(y.device)])
-
-    with _outputs(uncut, layers, keep):
-        for first in range(0, samples.count, CHUNK):
-            args, kwargs = samples.arguments(first, first + CHUNK)
-            uncut(*args, **kwargs)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    rows: Rows
+    even: int
+    values: Tensor
+    read: torch.Size
+    drawn: bytes
 
 
-class _Pass:
-    """One forward pass of the cut model; before a layer runs, it is refitted.
+class Refit:
+    """Two passes over the same samples: one before the cut, one after it, in which layers are refitted.
 
     Args:
-        layers: that may be refitted.
-        wanted: see :func:`_wanted`.
-        count: number of samples.
-        ridge: see :func:`refit_layers`.
-        probe: of the uncut model.
+        model: the model, uncut.
+        layers: those that may be refitted.
+        samples: finite ones.
+        ridge: see :func:`ippro_tp.compensation.regression.refit`.
+        memory: bytes that activations and kept outputs may take at a time.
+
+    Raises:
+        ObservationError: the model does not repeat what it did.
     """
 
     def __init__(
-        self,
-        layers: Sequence[CutLayer],
-        wanted: Mapping[str, Tensor],
-        count: int,
-        ridge: float | None,
-        probe: _Probe,
+        self, model: nn.Module, layers: Sequence[CutLayer], samples: Samples, ridge: float | None, memory: int
     ) -> None:
-        self._layers, self._wanted, self._probe = layers, wanted, probe
-        self._count, self._ridge = count, ridge
-        self._reports: dict[str, LayerReport] = {}
+        self._model, self._layers, self._ridge = model, layers, ridge
+        self._device = device_of(model)
+        self._facts = probe(model, layers, samples, self._device)
+        self._shapes = _shapes(model)
+        self._rows = _rows_per_layer(layers, self._facts, samples.count, memory // 2)
+        room = (memory - memory // 2) / max(1.0, self._facts.bytes_per_sample)
+        chosen = even_choice(samples.count, min(samples.count, max(2, int(room))))
+        held = min(MOST_HELD_OUT, int(len(chosen) * HELD_OUT))
+        if held:
+            out = even_choice(len(chosen), held)
+            inside = torch.ones(len(chosen), dtype=torch.bool).index_fill_(0, out, False)
+            self._judging, chosen = chosen[out], chosen[inside]
+        else:
+            self._judging = chosen
+        self._fitting, self._samples = chosen, samples
+        self._wanted: dict[tuple[str, int], _Wanted] = {}
+        self._outputs = self._record()
 
-    def run(self, model: nn.Module, samples: Samples) -> list[LayerReport]:
+    def run(self, layers: Sequence[CutLayer]) -> Outcome:
+        """Refit the layers of the cut model, and judge the whole.
+
+        Args:
+            layers: as given at first, of the cut model.
+        """
+        before = output_error(self._judge(), self._outputs)
+        cut = [m for m, shapes in self._shapes.items() if _own_shapes(m) != shapes]
+        done = _Pass(self, layers, cut)
+        rows = done.run()
+        if done.mixed:
+            reason = (
+                f"layer {done.mixed!r} gives other values than before although nothing before it "
+                f"was cut: the model "
+                "does not repeat what it did"
+            )
+            return self._revert(layers, rows, before, float("nan"), reason)
+        after = output_error(self._judge(), self._outputs)
+        if before is None or after is None:
+            return Outcome(tuple(rows))
+        if not after <= before and any(layer.changed for layer in layers):
+            return self._revert(
+                layers, rows, before, after, "the model's outputs on held-out samples became worse"
+            )
+        return Outcome(tuple(rows), before, after)
+
+    def _revert(
+        self, layers: Sequence[CutLayer], rows: list[LayerReport], before: float | None, after: float, reason: str
+    ) -> Outcome:
+        for layer in layers:
+            layer.undo()
+        left = tuple(
+            row if row.skipped else LayerReport(row.name, row.kept, row.removed, skipped=f"taken back: {reason}")
+            for row in rows
+        )
+        return Outcome(left, float("nan") if before is None else before, after, reason)
+
+    def _call(self, index: Tensor) -> Any:
+        args, kwargs = self._samples.arguments(index, self._device)
+        return self._model(*args, **kwargs)
+
+    def _judge(self) -> Any:
+        with reproducibly(self._model):
+            return self._call(self._judging)
+
+    def _record(self) -> Any:
+        """Keep what layers give before the cut; return the outputs by which the whole is judged."""
+        calls: dict[str, int] = {}
+        count = len(self._fitting)
+
+        def see(layer: CutLayer, x: Tensor, y: Any, args: Any, kwargs: Any) -> None:
+            number = calls.get(layer.name, 0)
+            calls[layer.name] = number + 1
+            layouts = self._facts.layouts.get(layer.name, ())
+            if layer.name in self._facts.unfit or number >= len(layouts) or layouts[number].problem:
+                return
+            layout, shape = layouts[number], rows_of(layer.module, y)
+            if shape[layout.axis] != layout.rows * count:
+                return
+            some = math.ceil(self._rows[layer.name] / len(layouts))
+            index = choose(math.prod(shape), some)
+            even = layout.samples(Rows(shape, index), count) % 2 == 0
+            rows = Rows(shape, torch.cat([index[even], index[~even]]).to(y.device))
+            values = outputs_at(layer.module, y, rows)
+            drawn = drawn_so_far(self._device)
+            self._wanted[layer.name, number] = _Wanted(rows, int(even.sum()), values, x.shape, drawn)
+
+        with reproducibly(self._model), after_each(self._layers, see):
+            self._call(self._fitting)
+        return self._judge()
+
+    def problem(self, name: str) -> str:
+        """Why a layer cannot be refitted, whatever comes; empty if it can."""
+        facts = self._facts
+        if name in facts.unfit:
+            return facts.unfit[name]
+        layouts = facts.layouts.get(name, [])
+        if not layouts:
+            return "the model's forward does not call it"
+        found = next((layout.problem for layout in layouts if layout.problem), "")
+        if not found and any((name, number) not in self._wanted for number in range(len(layouts))):
+            found = "its input differs in size between calls"
+        return found
+
+
+class _Pass:
+    """Forward passes of the cut model; before a layer runs, it is refitted.
+
+    A layer that is called several times is refitted at each call to all calls so far, and once more the whole
+    pass is made with it held as it came out, so that the layers in between fit what they read in the end.
+    """
+
+    def __init__(self, owner: Refit, layers: Sequence[CutLayer], cut: Sequence[nn.Module]) -> None:
+        self._owner, self._layers, self._cut = owner, layers, cut
+        self._reports: dict[str, LayerReport] = {}
+        self._shared = _shared(owner._model)
+        self._calls: dict[str, int] = {}
+        self._held: set[str] = set()
+        self._gathered: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+        self._reached = False  # a module that was cut has run
+        self.mixed = ""
+
+    def run(self) -> list[LayerReport]:
         """Refit all layers that the pass reaches."""
+        self._once()
+        often = [name for name, layouts in self._owner._facts.layouts.items() if len(layouts) > 1]
+        often = [name for name in often if name in self._reports and self._layer(name).changed]
+        if often and not self.mixed:
+            first = list(self._reports).index(often[0])
+            self._held = {*often, *list(self._reports)[:first]}
+            for layer in self._layers:
+                if layer.name not in self._held:
+                    layer.undo()
+            self._once()
+        for layer in self._layers:
+            if layer.name not in self._reports and layer.inputs < layer.all_inputs:
+                self._skip(layer, self._owner.problem(layer.name) or "the model's forward does not call it")
+        return [r for r in self._reports.values() if r.removed or r.skipped or r.lost > 0]
+
+    def _layer(self, name: str) -> CutLayer:
+        return next(layer for layer in self._layers if layer.name == name)
+
+    def _once(self) -> None:
+        self._calls.clear()
+        self._gathered.clear()
+        self._reached = False
         handles = [x.module.register_forward_pre_hook(self._before(x), with_kwargs=True) for x in self._layers]
+        handles += [module.register_forward_pre_hook(self._mark) for module in self._cut]
         try:
-            args, kwargs = samples.arguments(0, samples.count)
-            model(*args, **kwargs)
+            with reproducibly(self._owner._model):
+                self._owner._call(self._owner._fitting)
+        except _Mixed as found:
+            self.mixed = str(found)
         finally:
             for handle in handles:
                 handle.remove()
-        for layer in self._layers:
-            if (
-                layer.name not in self._reports
-                and layer.inputs < layer.all_inputs
-                and not self._probe.calls.get(layer.name)
-            ):
-                self._skip(layer, "the model's forward does not call it")
-        return [report for report in self._reports.values() if report.removed or report.skipped or report.lost > 0]
+
+    def _mark(self, module: nn.Module, args: Any) -> None:
+        self._reached = True
 
     def _before(self, layer: CutLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input")
-            if not isinstance(x, Tensor) or layer.name in self._reports:
+            number = self._calls.get(layer.name, 0)
+            self._calls[layer.name] = number + 1
+            x = read_by(args, kwargs)
+            if layer.name in self._held or x is None:
                 return
-            reason = self._probe.reason(layer, x, self._count)
-            if not reason and layer.name not in self._wanted:
-                reason = "its input differs in size between calls"
+            reason = self._reason(layer, x, number)
             if reason:
+                layer.undo()
+                self._held.add(layer.name)
                 self._skip(layer, reason)
             else:
-                self._reports[layer.name] = self._refit(layer, x)
+                self._refit(layer, x, number)
 
         return hook
+
+    def _reason(self, layer: CutLayer, x: Tensor, number: int) -> str:
+        problem = self._owner.problem(layer.name)
+        if problem:
+            return problem
+        wanted = self._owner._wanted.get((layer.name, number))
+        if wanted is None:
+            return "it is called more often than before the cut"
+        channel = x.dim() - 1 if isinstance(layer.module, nn.Linear) else 1
+        if [n for d, n in enumerate(x.shape) if d != channel] != [
+            n for d, n in enumerate(wanted.read) if d != channel
+        ]:
+            return "it reads another number of rows than before the cut"
+        if drawn_so_far(x.device) != wanted.drawn:
+            return "the model draws random numbers before it, and others since the cut"
+        others = [*self._shared.get(_memory(layer.module.weight), ())]
+        if layer.module.bias is not None:
+            others += self._shared.get(_memory(layer.module.bias), ())
+        if others:
+            return f"its weight or bias is shared: {', '.join(dict.fromkeys(others))}"
+        return ""
 
     def _skip(self, layer: CutLayer, reason: str) -> None:
         removed = layer.all_inputs - layer.inputs
         self._reports[layer.name] = LayerReport(layer.name, layer.inputs, removed, skipped=reason)
 
-    def _refit(self, layer: CutLayer, x: Tensor) -> LayerReport:
-        kept, removed = layer.inputs, layer.all_inputs - layer.inputs
-        some = self._probe.positions(layer, self._count)
-        read = inputs_at(layer.module, x, 0, self._count, some).double()
-        wanted = self._wanted[layer.name].double().unflatten(1, (layer.groups, -1)).transpose(0, 1)
-        error = wanted - read @ layer.matrix()
+    def _refit(self, layer: CutLayer, x: Tensor, number: int) -> None:
+        wanted = self._owner._wanted[layer.name, number]
+        several = len(self._owner._facts.layouts[layer.name]) > 1
+        if several:
+            layer.undo()  # all calls are fitted from what Torch-Pruning left
+        dtype = torch.promote_types(layer.module.weight.dtype, torch.float32)
+        read = inputs_at(layer.module, x, wanted.rows).to(dtype)
+        y = wanted.values[:, layer.outputs.to(x.device)].to(dtype).unflatten(1, (layer.groups, -1)).transpose(0, 1)
+        read, y, even = _finite(read, y, wanted.even)
+        if several:
+            parts = self._gathered.setdefault(layer.name, [])
+            parts.append((read, y, even))
+            read, y, even = _joined(parts)
+        error = y - read @ layer.matrix(dtype)
         if layer.module.bias is not None:
-            error -= layer.module.bias.double().view(layer.groups, 1, -1)
-        power = float(wanted.square().mean(1).sum())
-        rounding = (4 * torch.finfo(layer.module.weight.dtype).eps) ** 2 * power
-        if float(error.square().mean(1).sum()) <= rounding:
-            return LayerReport(layer.name, kept, removed, 0.0, 0.0)
-        even = torch.arange(self._count, device=x.device) % 2 == 0
-        even = even.repeat_interleave(read.shape[1] // self._count)
-        update = refit(read, error, even, layer.constant != "", self._ridge, 1 / self._count)
-        layer.add(update.delta, update.constant)
-        share = 1 / power if power > 0 else 0.0
-        constant = layer.constant if update.constant is not None else ""
-        return LayerReport(
-            layer.name, kept, removed, update.before * share, update.after * share, update.ridge, constant
-        )
+            error -= layer.module.bias.to(dtype).view(layer.groups, 1, -1)
+        kept, removed = layer.inputs, layer.all_inputs - layer.inputs
+        power = float(y.double().square().mean(1).sum()) if y.shape[1] else 0.0
+        none = (ZERO * _rounding(layer.module.weight)) ** 2 * power
+        if y.shape[1] == 0:
+            self._skip(layer, "all that it reads or gave holds NaN or inf")
+        elif float(error.double().square().mean(1).sum()) <= none:
+            self._reports[layer.name] = LayerReport(layer.name, kept, removed, 0.0, 0.0)
+        elif not self._reached and not removed:
+            raise _Mixed(layer.name)
+        else:
+            margin = 1 / len(self._owner._fitting)
+            update = refit(read, error, even, layer.constant != "", self._owner._ridge, margin)
+            layer.add(update.delta, update.constant)
+            share = 1 / power if power > 0 else 0.0
+            constant = layer.constant if update.constant is not None else ""
+            self._reports[layer.name] = LayerReport(
+                layer.name, kept, removed, update.before * share, update.after * share, update.ridge, constant
+            )
 
 
-@contextmanager
-def _outputs(
-    model: nn.Module, layers: Sequence[CutLayer], see: Callable[[str, nn.Module, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Call ``see(name, module, input, output)`` whenever ``model`` calls the layer of one of ``layers``."""
+class _Mixed(ObservationError):
+    """A layer before the first cut gives other values than before; the message is its name."""
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-            x = args[0] if args else kwargs.get("input")
-            if isinstance(x, Tensor) and isinstance(y, Tensor):
-                see(name, module, x, y)
 
-        return hook
+def _finite(read: Tensor, y: Tensor, even: int) -> tuple[Tensor, Tensor, int]:
+    """The rows without NaN and inf."""
+    if bool(torch.isfinite(read.sum() + y.sum())):
+        return read, y, even
+    good = read.isfinite().all(-1).all(0) & y.isfinite().all(-1).all(0)
+    return read[:, good], y[:, good], int(good[:even].sum())
 
-    modules = dict(model.named_modules())
-    handles = [
-        modules[layer.name].register_forward_hook(hook_for(layer.name), with_kwargs=True) for layer in layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def _joined(parts: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, int]:
+    """Rows of several calls, those of even samples first."""
+    read = [r[:, :even] for r, _, even in parts] + [r[:, even:] for r, _, even in parts]
+    y = [v[:, :even] for _, v, even in parts] + [v[:, even:] for _, v, even in parts]
+    return torch.cat(read, 1), torch.cat(y, 1), sum(even for _, _, even in parts)
+
+
+def _rounding(weight: Tensor) -> float:
+    """Of a product with ``weight``, relative."""
+    short = weight.device.type == "cuda" and weight.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return 1e-3 if short else torch.finfo(weight.dtype).eps
+
+
+def _rows_per_layer(layers: Sequence[CutLayer], facts: Facts, count: int, memory: int) -> dict[str, int]:
+    """How many output positions each layer is fitted to, so that what is kept of them takes at most ``memory``."""
+    rows = {layer.name: max(ROWS, min(MOST_ROWS, PER_FEATURE * layer.features)) for layer in layers}
+    size = sum(
+        min(rows[layer.name], count * facts.outputs[layer.name][0])
+        * facts.outputs[layer.name][1]
+        * layer.module.weight.element_size()
+        for layer in layers
+        if layer.name in facts.outputs
+    )
+    share = min(1.0, memory / max(1, size))
+    return {name: max(2, int(number * share)) for name, number in rows.items()}
+
+
+def _shapes(model: nn.Module) -> dict[nn.Module, dict[str, torch.Size | None]]:
+    return {module: _own_shapes(module) for module in model.modules()}
+
+
+def _own_shapes(module: nn.Module) -> dict[str, torch.Size | None]:
+    tensors = {**module._parameters, **module._buffers}
+    return {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _shared(model: nn.Module) -> dict[int, list[str]]:
+    """Storages of parameters that several modules hold, with the names of those."""
+    found: dict[int, dict[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(_memory(parameter), {})[module] = f"{name}.{key}" if name else key
+    return {memory: list(owners.values()) for memory, owners in found.items() if len(owners) > 1}
