@@ -15,6 +15,7 @@ from ..estimators.base import Estimator
 from ..estimators.sums import Sums
 from ..graph.cost import watch_positions
 from ..records import GroupRecord, Pass, Wiring
+from ..tracing.forward import Plan
 from ..tracing.observer import Observer
 from .processes import reducing
 
@@ -51,11 +52,9 @@ class GradientObservation:
             model,
             self._begin,
             self._add,
-            estimator.taps_activations,
-            estimator.taps_through_norms,
-            self._loss_scale,
-            self._readers,
+            Plan(estimator.taps_activations, estimator.taps_through_norms),
             lambda first: self._estimator.unneeded(self._records, first),
+            self._loss_scale,
         )
 
     def __enter__(self) -> GradientObservation:
@@ -134,7 +133,7 @@ class GradientObservation:
         seen = frozenset(self._observer.seen)
         return Wiring(self._observer.sites, self._observer.norm_of, seen, self._estimator.centered)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[str], list[str]]:
         self._records = [record.joined for record in self._groups(args, kwargs)]
         names = list(dict.fromkeys(p.name for record in self._records for p in record.producers))
         if not names:
@@ -158,7 +157,7 @@ class GradientObservation:
         for name, parameter in trained.items():
             parameter.requires_grad_(True)
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take_grad(name)))
-        return names
+        return names, self._readers()
 
     def _take_grad(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:

@@ -52,24 +52,24 @@ class LiteralExtension(nn.Module):
 
 
 def sample_sums(
-    grad: Tensor, values: Sequence[Tensor | None], axis: int, batch: int, samples: int | None = 0
+    grad: Tensor, values: Sequence[Tensor | None], axis: int, batch: int, outer: int | None = 1
 ) -> list[Tensor]:
     """Sum ``grad * value`` over all positions, for each sample and channel, for each of some values.
 
     Args:
         grad: gradient, any floating dtype.
         values: tensors of the same shape; ``None`` for ones.
-        axis: the channel axis (not that of the samples).
-        batch: number of samples. Their dimension may hold several rows a sample, batch-major, as in windowed
-            attention; they are summed.
-        samples: the axis of the samples; ``None`` for a tensor that all samples share, a table of positions, of
-            whose sum every sample gets an equal part.
+        axis: the channel axis.
+        batch: number of samples.
+        outer: how they lie in the rows, the entries but for the channel axis in row-major order: row r belongs to
+            sample ``r // inner % batch``, with ``outer * batch * inner`` rows. 1 is batch-major. ``None`` for a
+            tensor that all samples share, a table of positions, of whose sum every sample gets an equal part.
 
     Returns:
         For each value ``(batch, channels)``, float32 or wider.
 
     Raises:
-        ObservationError: dimension 0 is not a multiple of ``batch``.
+        ObservationError: the number of rows is not a multiple of ``outer * batch``.
 
     Example:
         >>> sample_sums(torch.ones(2, 3, 4), [torch.full((2, 3, 4), 0.5)], axis=1, batch=2)
@@ -79,13 +79,43 @@ def sample_sums(
     if grad.dtype in (torch.float16, torch.bfloat16):
         grad, values = grad.float(), [None if value is None else value.float() for value in values]
     axis %= grad.dim()
-    if (axis, samples) == (1, 0) and _in_planes(grad, values):
+    rest = [i for i in range(grad.dim()) if i != axis]
+    if outer is None:
+        batch, outer, parts = 1, 1, batch
+    else:
+        parts = 1
+    rows = grad.numel() // max(grad.shape[axis], 1)
+    if rows % (outer * batch):
+        raise ObservationError(
+            f"a layer sees {rows} rows for a batch of {batch} samples, so its gradients cannot be told apart by "
+            "sample."
+        )
+    at, blocks = _sample_dim([grad.shape[i] for i in rest], outer, batch)
+    if at is None:  # samples lie across several dimensions
+        products = [grad if value is None else grad * value for value in values]
+        shape = (outer, batch, -1, grad.shape[axis]) if rows else (1, batch, 0, grad.shape[axis])
+        return [product.movedim(axis, -1).reshape(shape).sum((0, 2)) for product in products]
+    dim = rest[at]
+    if (axis, dim) == (1, 0) and _in_planes(grad, values):
         sums = _plane_sums(grad, values)
     else:
-        rest = [i for i in range(grad.dim()) if i not in (axis, samples)]
+        others = [i for i in rest if i != dim]
         products = [grad if value is None else grad * value for value in values]
-        sums = [product.sum(rest) if rest else product for product in products]
-    return [_by_sample(each, axis, batch, samples) for each in sums]
+        sums = [product.sum(others) if others else product for product in products]
+        sums = sums if dim < axis else [each.T for each in sums]
+    if sums[0].shape[0] != batch:
+        sums = [each.reshape(blocks, batch, -1, each.shape[1]).sum((0, 2)) for each in sums]
+    return sums if parts == 1 else [(each / parts).expand(parts, -1) for each in sums]
+
+
+def _sample_dim(sizes: Sequence[int], outer: int, batch: int) -> tuple[int | None, int]:
+    """The dimension of the rows within which samples begin and end, and its blocks of all samples."""
+    before = 1
+    for at, size in enumerate(sizes):
+        if before and outer % before == 0 and size and size % (outer // before * batch) == 0:
+            return at, outer // before
+        before *= size
+    return None, 1
 
 
 def _in_planes(grad: Tensor, values: Sequence[Tensor | None]) -> bool:
@@ -114,21 +144,6 @@ def _plane_sums(grad: Tensor, values: Sequence[Tensor | None]) -> list[Tensor]:
                 None, False, 0.0, [False, True, True],
             )  # fmt: skip
     return [sums.get(number, ones).view(rows, channels) for number in range(len(values))]
-
-
-def _by_sample(sums: Tensor, axis: int, batch: int, samples: int | None) -> Tensor:
-    """``(batch, channels)`` of sums over everything but channels and, unless all samples share it, rows."""
-    if samples is None:
-        return (sums / batch).expand(batch, -1)
-    sums = sums if samples < axis else sums.T
-    if sums.shape[0] == batch:
-        return sums
-    if sums.shape[0] % batch:
-        raise ObservationError(
-            f"a layer sees {sums.shape[0]} rows for a batch of {batch} samples, so its gradients cannot be "
-            "told apart by sample. Put the batch in dimension 0 of the model's first input."
-        )
-    return sums.view(batch, -1, sums.shape[1]).sum(1)
 
 
 def storage_of(x: Tensor) -> int:
@@ -185,7 +200,7 @@ class Tap:
         sink: called once for every backward pass through ``output``.
         name: what to call this place in errors.
         gradients: send ``(2, batch, channels)``, the sums of g x and those of g.
-        samples: the axis of the samples, if there is one.
+        outer: how samples lie in the rows, see :func:`sample_sums`.
     """
 
     def __init__(
@@ -197,10 +212,10 @@ class Tap:
         sink: Callable[[Tensor], None],
         name: str,
         gradients: bool = False,
-        samples: int | None = 0,
+        outer: int | None = 1,
     ) -> None:
         self.axis, self.batch, self.name, self._gradients = axis, batch, name, gradients
-        self._samples = samples
+        self._outer = outer
         self._sink = sink
         self.terms = terms
         """What is kept of x; empty once closed."""
@@ -232,7 +247,7 @@ class Tap:
             values: list[Tensor | None] = [term.value for term in self.terms]
             if self._gradients or any(term.affine is not None for term in self.terms):
                 values.append(None)
-            found = sample_sums(grad, values, self.axis, self.batch, self._samples)
+            found = sample_sums(grad, values, self.axis, self.batch, self._outer)
             ones = found[len(self.terms)] if len(found) > len(self.terms) else None
             parts = [term.sums(products, ones) for term, products in zip(self.terms, found, strict=False)]
             sums = sum(parts[1:], parts[0])

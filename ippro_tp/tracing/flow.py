@@ -74,7 +74,7 @@ class ChannelFlow:
         labelled = [(x, label) for x in operands if (label := self[x]) is not None]
         if not labelled:
             return
-        x, label = labelled[0]
+        x, label = max(labelled, key=lambda one: one[0].dim())  # the others are broadcast
         if isinstance(out, (tuple, list)):
             self._split(x, label, out)
         elif isinstance(out, Tensor) and out is not None:

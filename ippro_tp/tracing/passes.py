@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,20 +12,33 @@ from ..errors import ObservationError
 from ..records import Site
 
 
+def is_images(value: Any) -> bool:
+    """Whether ``value`` is a list (or tuple) of samples, each a tensor of three dimensions.
+
+    Images of torchvision's detectors, that is; inputs of several samples each, ``[x, y]`` with ``(N, L, C)``, have
+    the same form unless something tells them apart: channels that are not 1, 3 or 4, and all alike.
+    """
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    if not all(isinstance(v, Tensor) and v.dim() == 3 for v in value):
+        return False
+    first = {v.shape[0] for v in value}
+    return isinstance(value, list) or (len(first) == 1 and first <= {1, 3, 4})
+
+
 def batch_size(value: Any) -> int | None:
     """Size of dimension 0 of the first tensor in (nested) arguments; the length of a list of images."""
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() else None
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = list(value.values())
+        return next((n for v in value if (n := batch_size(v)) is not None), None)
     if isinstance(value, (list, tuple)):
-        if (
-            len(value) > 0
-            and isinstance(value, list)
-            and all(isinstance(v, Tensor) and v.dim() == 3 for v in value)
-        ):
+        if is_images(value):
             return len(value)
         return next((n for v in value if (n := batch_size(v)) is not None), None)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return batch_size([getattr(value, field.name) for field in dataclasses.fields(value)])
     return None
 
 
@@ -31,11 +46,14 @@ def samples_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Number of samples that a model is called with.
 
     Raises:
-        ObservationError: no argument has a batch dimension.
+        ObservationError: no argument has a batch dimension, or the batch is empty.
     """
-    batch = batch_size((args, kwargs))
-    if not batch:
+    found = [batch_size(value) for value in (*args, *kwargs.values())]
+    batch = next((n for n in found if n is not None), None)
+    if batch is None:
         raise ObservationError("the model was called without a tensor that has a batch dimension.")
+    if batch == 0:
+        raise ObservationError("the model was called with an empty batch: skip batches without samples.")
     return batch
 
 
