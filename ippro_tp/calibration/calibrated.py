@@ -17,10 +17,12 @@ from ..errors import NotCalibratedError, ObservationError, StaleStatisticsError
 from ..estimators.sums import Sums
 from ..graph.groups import check_widths, group_key, groups_of, index_tensor, is_unchanged, read_group
 from ..records import GroupRecord, Layer
-from .batches import as_call, batches_of, cut
+from ..tracing.arguments import arrangements
+from .batches import batches_of, called
 from .guard import preserved
+from .losses import notes_of
 from .processes import all_or_none, all_reduce, gather, several, unsynchronised
-from .subject import eagerly, resolve
+from .subject import check_layers, eagerly, resolve
 
 Self = TypeVar("Self", bound="Calibrated")
 LossFn = Callable[[Any, Any], Tensor]
@@ -30,6 +32,8 @@ class Observation(Protocol):
     """What watches the model while a user's loop runs."""
 
     sums: Sums
+    notes: tuple[str, ...]
+    """What the report should say, complete after :meth:`finish`."""
 
     def __enter__(self) -> Any: ...
     def __exit__(self, *exc: Any) -> None: ...
@@ -53,6 +57,7 @@ class Calibrated(abc.ABC):
         self._model: weakref.ref[nn.Module] | None = None
         self._weights: dict[str, weakref.ref[Tensor]] = {}
         self._cache: dict[str, Tensor] = {}
+        self._notes: tuple[str, ...] = ()  # what the report has to say about the calibration
 
     # -- to be filled in by a criterion ------------------------------------------------------------------------
 
@@ -99,12 +104,18 @@ class Calibrated(abc.ABC):
         if one of them failed, all raise and keep what they had.
         """
         graph, model = resolve(target)
+        if self.needs_gradients and torch.is_inference_mode_enabled():
+            raise ObservationError(
+                "torch.inference_mode() is on, in which no gradient can flow. Calibrate outside of it: the model "
+                "is left as it is in any case."
+            )
         records: dict[str, GroupRecord] = {}
 
         def groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[GroupRecord]:
             for group in groups_of(target if graph is not None else _trace(model, args, kwargs)):
                 record = read_group(group)
                 records[record.key] = record
+            check_layers(model, records.values())
             return records.values()
 
         with all_or_none():
@@ -126,6 +137,7 @@ class Calibrated(abc.ABC):
         if several():  # what the first batch showed may differ between ranks; scores must not
             self._load_extra_state(gather(self._extra_state())[0])
         self._sums = observation.sums
+        self._notes = observation.notes
         self._records = records
         self._cache = {}
         self._asked_by(target)
@@ -174,20 +186,23 @@ class Calibrated(abc.ABC):
         with self.observe(target, **options):
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             model.eval()
+            title = type(self).__name__
             for _ in range(passes):
-                for inputs, targets in batches_of(loader, device, max_samples, progress, type(self).__name__):
+                for inputs, targets in batches_of(
+                    loader, device, max_samples, progress, title, lambda: getattr(loss_fn, "summary", "")
+                ):
                     self._run(model, inputs, targets, loss_fn)
+        self._notes += tuple(f"loss: {note}" for note in notes_of(loss_fn))
         return self
 
     def _run(self, model: nn.Module, inputs: Any, targets: Any, loss_fn: LossFn) -> None:
         """Forward, and backward where the criterion needs it."""
-        args, kwargs = as_call(inputs)
         if not self.needs_gradients:
             with torch.no_grad():
-                model(*args, **kwargs)
+                called(model, inputs)
             return
         with torch.enable_grad():
-            loss = loss_fn(model(*args, **kwargs), targets)
+            loss = loss_fn(called(model, inputs), targets)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(f"loss_fn returned {what}; it must return one number, the mean over the batch.")
@@ -202,7 +217,7 @@ class Calibrated(abc.ABC):
 
     def reset(self) -> None:
         """Forget all statistics."""
-        self._sums, self._records, self._cache = None, {}, {}
+        self._sums, self._records, self._cache, self._notes = None, {}, {}, ()
         self._model, self._weights = None, {}
 
     def merge(self, other: Calibrated) -> None:
@@ -238,6 +253,7 @@ class Calibrated(abc.ABC):
             "sums": self._sums.state_dict(),
             "groups": [_pack_record(record) for record in self._records.values()],
             "extra": self._extra_state(),
+            "notes": list(self._notes),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -260,6 +276,7 @@ class Calibrated(abc.ABC):
             loaded._records = {record.key: record for record in records}
             loaded._ranks_globally = bool(state["ranks_globally"])
             loaded._load_extra_state(state["extra"])
+            loaded._notes = tuple(state.get("notes", ()))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"this is no state_dict() of a {type(self).__name__} of this version ({error!r}): calibrate again."
@@ -385,7 +402,7 @@ def _match(record: GroupRecord, current: GroupRecord) -> Tensor:
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dependency graph of a bare model, from one sample of its first batch."""
-    args, kwargs = cut(args, 1), cut(kwargs, 1)
+    args, kwargs = arrangements(args, kwargs)[0].first(1)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:

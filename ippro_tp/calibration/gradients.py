@@ -40,6 +40,7 @@ class GradientObservation:
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
         self.sums = Sums()
+        self.notes: tuple[str, ...] = ()
         self._model, self._groups, self._estimator = model, groups, estimator
         self._records: Sequence[GroupRecord] = ()
         self.positions: dict[str, int] = {}
@@ -81,6 +82,8 @@ class GradientObservation:
                 "no gradient reached the model inside observe(): call loss.backward() for each batch, with a "
                 "loss that depends on the model's output."
             )
+        self._tell_unit()
+        self._tell_unreached()
         if self._kept is None:
             return
         skipped = self._counted - int(self._kept)
@@ -95,6 +98,41 @@ class GradientObservation:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _tell_unit(self) -> None:
+        """Say where the batch stands for its samples."""
+        if not (mixed := self._observer.mixed):
+            return
+        name, why = next(iter(mixed.items()))
+        note = (
+            f"the batch is the unit of the scores: {name!r} has rows that belong to no single sample ({why}). "
+            "Smaller batches, of one sample at best, give finer scores"
+        )
+        self.notes += (note,)
+        warnings.warn(note, RuntimeWarning, stacklevel=3)
+
+    def _tell_unreached(self) -> None:
+        """Name groups that no gradient arrived at, although they were called."""
+        wiring, reached, unscored = self.wiring, self._observer.reached, self.unscored
+        unreached = []
+        for record in self._records:
+            names = {producer.name for producer in record.producers} & wiring.seen
+            sites = {site.name for name in names for site, _ in wiring.sites_of(name)}
+            norms = {wiring.norm_of[name] for name in names if name in wiring.norm_of}
+            readers = {consumer.name for consumer in record.consumers}
+            if names and record.key not in unscored and not reached & (names | sites | norms | readers):
+                unreached.append(record.key)
+        if not unreached:
+            return
+        some = ", ".join(map(repr, unreached[:4])) + (", ..." if len(unreached) > 4 else "")
+        note = f"no gradient reached {len(unreached)} groups, which score zero and would go first: {some}"
+        self.notes += (note,)
+        warnings.warn(
+            f"{note}. The loss does not depend on what they do: let loss_fn use every output of the model, or put "
+            "their layers into ignored_layers.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     @property
     def unscored(self) -> dict[str, str]:

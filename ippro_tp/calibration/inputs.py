@@ -36,6 +36,7 @@ class InputObservation:
         on_input: OnInput,
     ) -> None:
         self.sums = Sums()
+        self.notes: tuple[str, ...] = ()
         self._model, self._groups, self._on_input = model, groups, on_input
         self._handles: list[RemovableHandle] = []
         self._watching: bool | None = None  # None: not yet; False: the model is being traced

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ObservationError
+from .outputs import Verdict, class_axis, float_outputs, layer_axis, target_of
 
 
 def main_output(outputs: Any) -> Tensor:
@@ -61,33 +62,52 @@ class FisherNoise:
     Args:
         temperature: the higher, the more classes take part.
         seed: seed of the private generator.
+        dim: the dimension of the output along which the classes lie. ``None``: 1, but for three dimensions, tokens
+            ``(N, L, C)`` or sequences ``(N, C, L)``, where the layer that made the output has to tell.
 
     Example:
         >>> FisherNoise()(torch.randn(4, 10), None).shape
         torch.Size([])
     """
 
-    def __init__(self, temperature: float = 4.0, seed: int = 0) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: float = 4.0, seed: int = 0, dim: int | None = None) -> None:
+        self.temperature, self.dim = temperature, dim
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """Sum over a sample's positions, mean over the batch.
 
-        Classes are dimension 1 of the output, or the last one of a three-dimensional output (tokens).
+        Raises:
+            ObservationError: the output has no such dimension, or it cannot be told.
         """
-        z = main_output(outputs).float()
-        if z.dim() < 2 or z.shape[1] < 2:
+        made = main_output(outputs)
+        axis = self._axis(made)
+        z = made.float()
+        return (z * self.noise(z, axis)).sum() / z.shape[0]
+
+    @torch.no_grad()
+    def noise(self, z: Tensor, axis: int) -> Tensor:
+        """The next noise for an output with classes along ``axis``."""
+        p = (z / self.temperature).softmax(axis)
+        noise = p.sqrt() * _normal(z, self._generator)
+        noise -= p * noise.sum(axis, keepdim=True)
+        return noise
+
+    def _axis(self, z: Tensor) -> int:
+        axis = self.dim
+        if axis is None:
+            axis = layer_axis(z) if z.dim() == 3 else 1
+        if axis is None:
             raise ObservationError(
-                f"an output of shape {tuple(z.shape)} holds no class scores. Pass "
+                f"classes may lie along dimension 1 or 2 of an output of shape {tuple(z.shape)}. Say which: "
+                "loss_fn=FisherNoise(dim=1), or dim=2."
+            )
+        if not -z.dim() <= axis < z.dim() or axis % z.dim() == 0 or z.shape[axis] < 2:
+            raise ObservationError(
+                f"an output of shape {tuple(z.shape)} holds no class scores along dimension {axis}. Pass "
                 "loss_fn=(outputs, targets) -> scalar, or loss_fn=LogitNoise()."
             )
-        axis = 2 if z.dim() == 3 else 1
-        with torch.no_grad():
-            p = (z / self.temperature).softmax(axis)
-            noise = p.sqrt() * _normal(z, self._generator)
-            noise -= p * noise.sum(axis, keepdim=True)
-        return (z * noise).sum() / z.shape[0]
+        return axis % z.dim()
 
 
 class LogitNoise:
@@ -109,7 +129,95 @@ class LogitNoise:
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """Mean over the batch of the dot product of each sample's output with its own noise."""
         z = main_output(outputs).float()
-        return (z * _normal(z, self._generator)).sum() / z.shape[0]
+        return (z * self.noise(z)).sum() / z.shape[0]
+
+    @torch.no_grad()
+    def noise(self, z: Tensor) -> Tensor:
+        """The next noise for an output."""
+        return _normal(z, self._generator)
+
+
+class DefaultLoss:
+    r"""Noise on every floating-point output of a model, fit to what each of them is.
+
+    Class scores get the noise of :class:`FisherNoise`, all else that of :class:`LogitNoise`, which leaves no
+    direction out; :func:`~.outputs.class_axis` says which is which and on what evidence, at the first batch. An
+    only output is taken as it is. Of several, each counts as much as its values vary: white noise is divided by
+    the standard deviation of the first batch's values, and both kinds by the square root of the number of values
+    (white) or positions (Fisher) a sample, so that neither a large map nor large numbers drown the others.
+
+    Args:
+        seed: seed of the private generators.
+
+    Attributes:
+        notes: after the first call: which output gets what, and why.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._parts: dict[str, _Part] = {}
+        self.notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """Which output gets what, in few words."""
+        return ", ".join(f"{name}: {part.kind}" for name, part in self._parts.items())
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Sum over the outputs, mean over the batch.
+
+        Raises:
+            ObservationError: there is no floating-point tensor in the outputs.
+        """
+        found = float_outputs(outputs)
+        found = {name: z for name, z in found.items() if z.requires_grad} or found
+        if not found:
+            main_output(outputs)  # says so
+        batch = next(iter(found.values())).shape[:1].numel()
+        losses = []
+        for name, z in found.items():
+            if name not in self._parts:
+                self._parts[name] = self._part(name, z, targets, len(found) == 1)
+                self.notes += (self._parts[name].note,)
+            losses.append(self._parts[name].dot(z))
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() / batch
+
+    def _part(self, name: str, z: Tensor, targets: Any, alone: bool) -> _Part:
+        verdict = class_axis(z, name, alone, target_of(name, 1 if alone else 2, targets))
+        weight = torch.ones((), device=z.device)
+        if not alone:
+            values = z[:1].numel() if z.dim() else 1
+            if verdict.axis is None:
+                spread = z.detach().float().std(correction=0)
+                spread = torch.where(spread.isfinite() & (spread > 0), spread, torch.ones_like(spread))
+                weight = 1 / (spread * max(values, 1) ** 0.5)
+            else:
+                weight = weight / max(values // z.shape[verdict.axis], 1) ** 0.5
+        return _Part(name, z.shape, verdict, weight, self._seed + 7919 * len(self._parts))
+
+
+class _Part:
+    """The noise on one output."""
+
+    def __init__(self, name: str, shape: torch.Size, verdict: Verdict, weight: Tensor, seed: int) -> None:
+        self._verdict, self._weight = verdict, weight
+        self._fisher, self._white = FisherNoise(seed=seed), LogitNoise(seed)
+        self.kind = "Fisher noise" if verdict.axis is not None else "white noise"
+        sizes = ", ".join(["N", *map(str, shape[1:])])
+        along = "" if verdict.axis is None else f" along dimension {verdict.axis}"
+        self.note = f"{name} ({sizes}) gets {self.kind}{along}: {verdict.why}"
+
+    def dot(self, z: Tensor) -> Tensor:
+        """The sum of the output times noise, weighted."""
+        z = z.float()
+        axis = self._verdict.axis
+        noise = self._white.noise(z) if axis is None else self._fisher.noise(z, axis)
+        return (z * noise).sum() * self._weight
+
+
+def notes_of(loss_fn: Any) -> tuple[str, ...]:
+    """What a loss has to tell about how it was used."""
+    return tuple(getattr(loss_fn, "notes", ()))
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

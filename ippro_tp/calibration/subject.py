@@ -1,15 +1,19 @@
-"""What a user gives to be calibrated: a pruner, a graph or a model, possibly wrapped."""
+"""What a user gives to be calibrated: a pruner, a graph or a model, and what of it cannot be."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ObservationError
 from ..graph.groups import Graph, graph_of
+from ..records import GroupRecord
 
 
 def resolve(target: Any) -> tuple[Graph | None, nn.Module]:
@@ -19,6 +23,8 @@ def resolve(target: Any) -> tuple[Graph | None, nn.Module]:
         TypeError: ``target`` is neither a pruner, nor a graph, nor a model.
         ObservationError: the model is wrapped in a way that hides its layers.
     """
+    if isinstance(target, type):
+        raise TypeError(f"observe() needs an object, not the class {target.__name__}")
     graph = graph_of(target)
     model = graph.model if graph is not None else target
     if not isinstance(model, nn.Module):
@@ -44,6 +50,54 @@ def resolve(target: Any) -> tuple[Graph | None, nn.Module]:
             "(model._orig_mod) and compile the pruned one."
         )
     return graph, model
+
+
+def check_layers(model: nn.Module, records: Iterable[GroupRecord]) -> None:
+    """Look for layers that a pruner cannot prune, or does not see.
+
+    Raises:
+        ObservationError: a layer of a group is complex or has a weight that is computed; or there is no group, for
+            the layers are frozen.
+
+    Warns:
+        RuntimeWarning: some layers are in no group, for they are frozen.
+    """
+    records = list(records)
+    for name in dict.fromkeys(layer.name for r in records for layer in (*r.producers, *r.consumers)):
+        module = model.get_submodule(name)
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and "weight" not in module._parameters and "weight" not in module._buffers:
+            raise ObservationError(
+                f"the weight of {name!r} is computed from other parameters (weight_norm, spectral_norm or another "
+                "parametrization), which Torch-Pruning does not prune. Take it off before pruning, with "
+                'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight"), and put it back afterwards; '
+                "or put the layer, and those that it reads from, into ignored_layers."
+            )
+        if any(p.is_complex() for p in module.parameters(recurse=False)):
+            raise ObservationError(
+                f"{name!r} has complex weights, whose channels have no score. Put it, and the layers that it "
+                "reads from, into the pruner's ignored_layers."
+            )
+    if not (frozen := _frozen(model, records)):
+        return
+    what = (
+        f"{len(frozen)} layers with frozen weights are in no group ({', '.join(map(repr, frozen[:3]))}"
+        f"{', ...' if len(frozen) > 3 else ''}): Torch-Pruning follows autograd and does not see layers with "
+        "requires_grad=False. Call model.requires_grad_(True) before the pruner is made, and freeze afterwards."
+    )
+    if not any(record.producers for record in records):
+        raise ObservationError(f"there is no group to score. {what}")
+    warnings.warn(what, RuntimeWarning, stacklevel=2)
+
+
+def _frozen(model: nn.Module, records: Iterable[GroupRecord]) -> list[str]:
+    """Layers with weights that do not require grad and that are in no group."""
+    known = {name for record in records for name in record.members}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, _ConvNd)) and name not in known and not module.weight.requires_grad
+    ]
 
 
 def eagerly() -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..calibration.calibrated import Calibrated, LossFn
 from ..calibration.gradients import GradientObservation, loss_scale_of
-from ..calibration.losses import FisherNoise, cross_entropy
+from ..calibration.losses import DefaultLoss, cross_entropy
 from ..calibration.processes import rank
 from ..errors import NotCalibratedError, ObservationError
 from ..estimators.base import Estimator
@@ -80,8 +80,9 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     changes no order, and acts on ``"paper"`` like a larger ``step_size``. Leave ``scaler.step`` out of the loop:
     there are no gradients for it.
 
-    Without ``loss_fn``, ``calibrate`` differentiates :class:`~ippro_tp.FisherNoise` for ``"expected"`` (no labels
-    are needed) and the cross-entropy with the labels for ``"paper"``.
+    Without ``loss_fn``, ``calibrate`` differentiates noise on every output for ``"expected"``, which needs no
+    labels: :class:`~ippro_tp.FisherNoise` on class scores, :class:`~ippro_tp.LogitNoise` on the rest, as
+    ``report()`` says; and the cross-entropy with the labels for ``"paper"``.
 
     Raises:
         ValueError: an option is none of the above.
@@ -333,7 +334,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             if pruner is not None and record.producers and why is None:
                 ranked, cost = self._comparable(record, pruner.DG), self._relative_cost(record, pruner.model)
             rows.append(GroupReport.of(record, scores, sites, unseen, tuple(notes), ranked, cost))
-        return Report(tuple(rows))
+        return Report(tuple(rows), self._notes)
 
     # -- calibration -------------------------------------------------------------------------------------------
 
@@ -396,7 +397,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             )
 
     def _default_loss(self) -> LossFn:
-        return cross_entropy if self.estimator == "paper" else FisherNoise(seed=self.seed + 1_000_003 * rank())
+        return cross_entropy if self.estimator == "paper" else DefaultLoss(seed=self.seed + 1_000_003 * rank())
 
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"class": type(self).__name__, "estimator": self.estimator}

@@ -81,9 +81,15 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All groups of a model; ``print(report)`` shows a table."""
+    """All groups of a model; ``print(report)`` shows a table.
+
+    Attributes:
+        groups: one row each.
+        notes: what the calibration has to say: which output got which loss, what was not reached.
+    """
 
     groups: tuple[GroupReport, ...]
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[GroupReport]:
         return iter(self.groups)
@@ -108,4 +114,5 @@ class Report:
                 )
                 line += f" {g.cost:7.3g} {' '.join(ends)}"
             lines.append(f"{line}  {named}{more}{notes}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -106,7 +106,11 @@ class Arrangement:
                     return tensor(value)
                 return rest(value)
             holds_samples = self.kind == "images" and isinstance(value, (list, tuple))
-            if holds_samples and len(value) == self.samples and all(isinstance(v, (Tensor, Mapping)) for v in value):
+            if (
+                holds_samples
+                and len(value) == self.samples
+                and all(isinstance(v, (Tensor, Mapping)) for v in value)
+            ):
                 return images(value)
             if isinstance(value, dict):
                 return _with_items(value, {key: walk(v) for key, v in value.items()})

@@ -197,7 +197,9 @@ def _by_gradients(run: Recording, changed: list[list[Tensor | None]], samples: i
             total = part if total is None else total + part
         if total is None or not keys:
             return {}
-        grads = torch.autograd.grad(total, [run.kept[key][0] for key in keys], retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            total, [run.kept[key][0] for key in keys], retain_graph=True, allow_unused=True
+        )
         for key, grad in zip(keys, grads, strict=True):
             x, axis = run.kept[key]
             grad = torch.zeros_like(x) if grad is None else grad
