@@ -294,7 +294,11 @@ def distinct(model):
     """Weights without ties: rounding must not decide which channel goes."""
     with torch.no_grad():
         for i, p in enumerate(p for p in model.parameters() if p.dim() > 1):
-            p.mul_(torch.linspace(1 + i / 10, 2, p.shape[0], dtype=p.dtype).view(-1, *[1] * (p.dim() - 1)))
+            p.mul_(
+                torch.linspace(1 + i / 10, 2, p.shape[0], dtype=p.dtype, device=p.device).view(
+                    -1, *[1] * (p.dim() - 1)
+                )
+            )
     return model
 
 
@@ -563,7 +567,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(maker):
         for _ in range(12):
             F.cross_entropy(model(x), labels).backward()
             memory.append(torch.cuda.memory_allocated())
-    assert memory[-1] == memory[3]
+    assert memory[-1] <= memory[3]
 
 
 @pytest.mark.parametrize("maker", MAKERS)
