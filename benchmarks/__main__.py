@@ -11,9 +11,6 @@ from benchmarks.errors import UsageError
 from benchmarks.harness import compare, report
 from benchmarks.overhead import command as overhead
 from benchmarks.paper import calibration_size, correlation, curves, lam, magnitude, mnist_two_layer, reconstruction
-from benchmarks.pipeline import config as pipeline_config
-from benchmarks.pipeline import run as pipeline
-from benchmarks.pipeline import settings
 from benchmarks.robustness import run as robustness
 from benchmarks.scan import command as scan
 
@@ -23,7 +20,6 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "overhead": (overhead.OverheadConfig, overhead.run),
     "reconstruction": (reconstruction.ReconstructionConfig, reconstruction.run),
     "mnist": (mnist_two_layer.MnistConfig, mnist_two_layer.run),
-    "prune": (pipeline_config.PruneRunConfig, pipeline.run),
     "curves": (curves.CurvesConfig, curves.run),
     "lam": (lam.LamConfig, lam.run),
     "magnitude": (magnitude.MagnitudeConfig, magnitude.run),
@@ -37,11 +33,6 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; bad input ends in one line on stderr and exit code 2."""
-    try:
-        arguments = settings.expand(sys.argv[1:] if arguments is None else arguments)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     configs = {name: config for name, (config, _) in COMMANDS.items()}
     config = tyro.extras.subcommand_cli_from_dict(
         configs, prog="python -m benchmarks", args=arguments, config=(tyro.conf.OmitArgPrefixes,)

@@ -1,5 +1,5 @@
-"""The one exception that the command line turns into a message and exit code 2."""
+"""The one exception that the command lines turn into a message and exit code 2."""
 
+from ippro_tp.cli.errors import UsageError
 
-class UsageError(ValueError):
-    """Bad input: one line that names the cause and the fix."""
+__all__ = ["UsageError"]

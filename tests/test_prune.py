@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,12 +16,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import ippro_tp
 from ippro_tp import (
     Compensation,
     PROImportance,
     SpaSPImportance,
     StructureError,
     TargetError,
+    load_pruned,
     prune,
 )
 from ippro_tp.pruning.counter import count
@@ -375,3 +381,62 @@ def test_the_result_prints_and_is_html(images):
     assert page.startswith("<p>")
     assert "<td>0.0.out</td>" in page
     assert "model&#x27;s output" in page
+
+
+# -- saved -----------------------------------------------------------------------------------------------------
+
+LOADS = """
+import sys, torch
+from ippro_tp import load_pruned
+model, saved = load_pruned(sys.argv[1]), torch.load(sys.argv[1] + "/expected.pt")
+with torch.no_grad():
+    out = model(**saved["x"]) if isinstance(saved["x"], dict) else model(saved["x"])
+    out = getattr(out, "logits", out)
+    assert torch.equal(out, saved["y"]), (out - saved["y"]).abs().max()
+assert "tests" not in sys.modules
+"""
+
+
+def test_results_come_back_in_another_process(images, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install ippro-tp[dev]")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=50
+    )
+    ids = torch.randint(0, 50, (16, 7))
+    nets = {
+        "tv": (torchvision.models.resnet18(num_classes=10), images),
+        "timm": (
+            timm.create_model("vit_tiny_patch16_224", depth=1, img_size=16, patch_size=4, num_classes=3),
+            images,
+        ),
+        "hf": (transformers.BertForSequenceClassification(config), {"input_ids": ids}),
+        "plain": (small(), images),
+    }
+    for name, (model, x) in nets.items():
+        example = {k: v[:1] for k, v in x.items()} if isinstance(x, dict) else x[:1]
+        result = prune(model.eval(), example, [x], macs=0.6, progress=False, compensation=False)
+        folder = result.save(tmp_path / name)
+        with torch.no_grad():
+            y = result.model(**x) if isinstance(x, dict) else result.model(x)
+        torch.save({"x": x, "y": getattr(y, "logits", y)}, folder / "expected.pt")
+    code = f"import sys\nLOADS = {LOADS!r}\nfor folder in sys.argv[2:]:\n    sys.argv[1] = folder\n    exec(LOADS)"
+    folders = [str(tmp_path / name) for name in nets]
+    root = Path(ippro_tp.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "", *folders],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_saving_says_what_it_needs(tmp_path):
+    class Local(nn.Sequential):
+        pass
+
+    model, x = Local(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(8, 4)
+    result = go(model, [x], macs=0.5)
+    with pytest.raises(ValueError, match="pass builder="):
+        result.save(tmp_path / "out")
+    build = lambda: Local(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))  # noqa: E731
+    again = load_pruned(result.save(tmp_path / "out", builder=build), builder=build)
+    assert torch.equal(again(x), result.model(x))

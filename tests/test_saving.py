@@ -239,7 +239,6 @@ def test_damaged_and_foreign_files_are_named(saved):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        (None, TypeError, "needs source="),
         ({"library": "timm", "name": "hf-hub:someone/something"}, ValueError, "has no model 'hf-hub:"),
         ({"library": "torchvision", "name": "resnet17"}, ValueError, "torchvision has no model 'resnet17'"),
         ({"library": "keras", "name": "x"}, ValueError, "names no library"),
@@ -257,5 +256,62 @@ def test_bad_sources_are_refused_before_anything_is_written(source, error, messa
 def test_a_missing_package_is_named(module, package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
     model = timm.create_model("resnet10t") if module != "timm" else nn.Linear(2, 2)
-    with pytest.raises(ImportError, match=rf"package '{package}': pip install ippro-tp\[bench\]"):
+    with pytest.raises(ImportError, match=rf"package '{package}': pip install (ippro-tp\[)?{package}"):
         save_pruned(model, tmp_path, {"library": "timm", "name": "resnet10t"})
+
+
+# -- modules that are written down themselves ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "levit_128s", "mobilevit_xxs", "swin_tiny_patch4_window7_224"])
+def test_a_model_is_written_down_by_its_modules(name, tmp_path):
+    model = timm.create_model(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 224, 224)
+    again = load_pruned(save_pruned(model, tmp_path))
+    assert type(again) is type(model)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_shared_modules_and_tied_parameters_stay_one(tmp_path):
+    layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    other.weight = layer.weight
+    again = load_pruned(save_pruned(nn.Sequential(layer, nn.ReLU(), layer, other), tmp_path))
+    assert again[0] is again[2]
+    assert again[0].weight is again[3].weight
+
+
+def test_what_cannot_be_written_down_is_named(tmp_path):
+    class Local(nn.Module):
+        pass
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    for spoiled, message in (
+        (nn.Sequential(Local()), "Local', which cannot be imported"),
+        (_with(model, opened=sys.stdout), "Sequential.opened"),
+        (_with(model, run=json.dumps), "none of the packages"),
+        (_with(model, act=lambda x: x), "lambda"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_pruned(spoiled, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    hooked = nn.Sequential(nn.Linear(2, 2))
+    hooked[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="0 has forward hooks"):
+        save_pruned(hooked, tmp_path / "out")
+
+
+def _with(model: nn.Module, **attributes) -> nn.Module:
+    spoiled = nn.Sequential(*model)
+    vars(spoiled).update(attributes)
+    return spoiled
+
+
+def test_nothing_but_modules_is_made_of_what_a_file_names(tmp_path):
+    save_pruned(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    path = tmp_path / "shapes.json"
+    for name in ("os:system", "subprocess:Popen", "torch:Tensor"):
+        spec = json.loads(path.read_text())
+        spec["source"]["tree"]["modules"][1]["class"] = name
+        with pytest.raises(ValueError, match=f"{name} is no torch.nn.Module"):
+            saving._build(spec["source"], None)

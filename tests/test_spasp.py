@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.models.cifar_resnet import CifarResNet
 from ippro_tp import NotCalibratedError, ObservationError, SpaSPImportance, StaleStatisticsError
+from ippro_tp.cli.cifar_resnet import CifarResNet
 from ippro_tp.estimators import spasp_math as maths
 from ippro_tp.importance import spasp
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import os
-import platform
 import resource
-import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from benchmarks.errors import UsageError
+from ippro_tp.cli.files import as_dict, environment, write_json
+
+__all__ = ["Cell", "as_dict", "environment", "peak_memory_mb", "read_finished", "write_json"]
 
 UNPRUNED = "unpruned"
 """Name of the arm that prunes nothing."""
@@ -60,14 +56,6 @@ class Cell:
         return " ".join([text, *self._chosen])
 
 
-def write_json(path: Path, record: dict) -> None:
-    """Write ``record`` so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
 def read_finished(path: Path, config: dict) -> bool:
     """Return whether ``path`` holds this very cell, done; a failed one counts as not done.
 
@@ -91,40 +79,6 @@ def read_finished(path: Path, config: dict) -> bool:
     return record["status"] == "ok"
 
 
-@functools.cache
-def environment() -> dict:
-    """Return versions, git revision and machine."""
-    packages = ("torch", "torchvision", "torch-pruning", "timm", "numpy", "ippro-tp")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "git": _git_revision(),
-    }
-
-
 def peak_memory_mb() -> float:
     """Return the largest resident set of this process so far, in MiB (it never falls again)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def as_dict(config) -> dict:
-    """Return a dataclass as JSON-ready values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def _git_revision() -> str | None:
-    here = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

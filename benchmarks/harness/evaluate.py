@@ -1,34 +1,5 @@
-"""Accuracy, and BatchNorm re-estimation after pruning."""
+"""Accuracy, and BatchNorm re-estimation after pruning, as the command line of the package does it."""
 
-from __future__ import annotations
+from ippro_tp.cli.evaluate import accuracy, reestimate_batchnorm
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-import torch
-from torch import nn
-from torch.optim.swa_utils import update_bn
-
-if TYPE_CHECKING:  # the tasks import this module
-    from benchmarks.tasks.base import Batch
-
-
-def accuracy(model: nn.Module, batches: Iterable[Batch], device: str | torch.device) -> float:
-    """Return the top-1 accuracy of ``model``, in eval mode, as a fraction."""
-    model.eval()
-    right = total = 0
-    with torch.inference_mode():
-        for images, labels in batches:
-            images = images.to(device, memory_format=torch.channels_last)
-            right += (model(images).argmax(1).cpu() == labels).sum().item()
-            total += len(labels)
-    return right / total
-
-
-def reestimate_batchnorm(model: nn.Module, batches: list[Batch], device: str | torch.device) -> None:
-    """Replace all BatchNorm statistics by those of ``batches`` (mean over batches); end in eval mode."""
-    model.eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        update_bn((images.to(device, memory_format=torch.channels_last) for images, _ in batches), model)
-    model.eval()
+__all__ = ["accuracy", "reestimate_batchnorm"]

@@ -16,7 +16,7 @@ from benchmarks.errors import UsageError
 from benchmarks.harness.cells import UNPRUNED
 from benchmarks.harness.figures import PANELS, draw_curves
 from benchmarks.harness.tables import github_table, spread
-from benchmarks.pipeline import runs
+from ippro_tp.cli import runs
 
 PHASES = PANELS | {"bn": "BN re-estimated"}
 REFERENCE = "l1"
@@ -37,7 +37,7 @@ def run(config: ReportConfig) -> None:
     """Write the report into ``config.directory`` and print its tables."""
     finished = runs.read_runs(config.directory)
     if len(finished) and not config.arms:
-        finished.to_csv(config.directory / "runs.csv", index=False)
+        pd.DataFrame(finished).to_csv(config.directory / "runs.csv", index=False)
         text = runs.markdown(finished)
         (config.directory / "report.md").write_text(text)
         print(text)

@@ -9,9 +9,10 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 from torchvision.models import DenseNet, MobileNetV2
 
-from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
-from benchmarks.models.cifar_vgg import LAYOUTS, CifarVGG
 from benchmarks.models.transformers import TRANSFORMERS
+from ippro_tp.cli import cifar
+from ippro_tp.cli.cifar import frozen_parameters
+from ippro_tp.cli.cifar_vgg import CifarVGG
 
 # Expansion, channels, blocks, stride: as torchvision's, but two strides are left out, which 32x32 images bear.
 MOBILENET = [
@@ -57,8 +58,7 @@ def densenet40(num_classes: int = 10) -> DenseNet:
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in DEPTHS},
-    **{f"vgg{depth}": partial(CifarVGG, depth) for depth in LAYOUTS},
+    **cifar.NETWORKS,
     "vgg19_quarter": partial(CifarVGG, 19, width=0.25),
     "mobilenetv2": cifar_mobilenetv2,
     "mobilenetv2_half": half_mobilenetv2,
@@ -69,8 +69,4 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 """Each a function of ``num_classes``; the last Linear layer is the classifier."""
 
-
-def frozen_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters that belong to the architecture and are not trained."""
-    pattern = getattr(model, "frozen_parameters", None)
-    return () if pattern is None else tuple(n for n, _ in model.named_parameters() if pattern.search(n))
+__all__ = ["NETWORKS", "frozen_parameters"]

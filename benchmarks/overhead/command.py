@@ -23,10 +23,10 @@ from benchmarks.errors import UsageError
 from benchmarks.harness.cells import environment
 from benchmarks.harness.prune import build_pruner
 from benchmarks.harness.scores import prunable_groups
-from benchmarks.models.cifar_resnet import DEPTHS, CifarResNet
 from benchmarks.overhead.memory import counted_reads, keep_freed_memory, peak_bytes, read_bandwidth, synchronize
 from benchmarks.tasks.base import Batch
 from ippro_tp import Compensation, LogitNoise, PROImportance, SpaSPImportance
+from ippro_tp.cli.cifar_resnet import DEPTHS, CifarResNet
 from ippro_tp.graph.groups import groups_of, read_group
 from ippro_tp.tracing.extension import require_grad
 

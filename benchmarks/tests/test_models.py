@@ -10,7 +10,7 @@ from benchmarks.errors import UsageError
 from benchmarks.harness.prune import PruneConfig, prune, size
 from benchmarks.models.checkpoints import load_checkpoint, read_state_dict
 from benchmarks.models.cifar import NETWORKS
-from benchmarks.models.cifar_resnet import BasicBlock, CifarResNet, option_a_shortcut
+from ippro_tp.cli.cifar_resnet import BasicBlock, CifarResNet, option_a_shortcut
 
 
 @pytest.mark.parametrize(("in_planes", "planes"), [(16, 32), (32, 64), (5, 10)])

@@ -13,7 +13,7 @@ from benchmarks.harness.report import (
     read_cells,
     run,
 )
-from benchmarks.pipeline.runs import read_runs
+from ippro_tp.cli.runs import read_runs
 
 BN = {"l1": 0.5, "pro": 0.7, "lamp": 0.6}
 
@@ -109,6 +109,6 @@ def test_prune_runs_side_by_side(tmp_path, capsys):
         ["pro", "2", "50.0 ± 0.0", "90.0 ± 0.0", "10.0 ± 0.0", "75.0 ± 7.1"],
     ]
     runs = read_runs(tmp_path)
-    assert list(runs.run) == ["a", "b", "c"]
-    assert runs.bn.isna().all()
+    assert [record["run"] for record in runs] == ["a", "b", "c"]
+    assert all(record["bn"] is None for record in runs)
     assert (tmp_path / "runs.csv").exists()

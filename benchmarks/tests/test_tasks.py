@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from benchmarks.errors import UsageError
 from benchmarks.harness.evaluate import accuracy, reestimate_batchnorm
 from benchmarks.harness.finetune import Recipe, finetune
-from benchmarks.models.cifar_resnet import CifarResNet
 from benchmarks.tasks import TaskConfig, build_task
 from benchmarks.tasks.base import TensorImages, flip_and_crop
 from benchmarks.tasks.cifar10 import cifar_images
 from benchmarks.tasks.imagefolder import FolderImages, output_indices
+from ippro_tp.cli.cifar_resnet import CifarResNet
 
 
 def test_calibration_is_a_function_of_the_seed_and_avoids_the_heldout_part(small_task):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from .measure import Meter, Unit
 from .numbers import update_numbers
 from .order import Ranked, RemovalOrder
 from .scoring import Scorer
-from .search import TOLERANCE, Found, Sizes, find
+from .search import Found, Sizes, find, tolerance
 from .structure import Forward, Prunable, Structure, Transform, forward, read_structure, tensors_in
 
 Scope = Literal["global", "local"]
@@ -29,7 +30,12 @@ Scope = Literal["global", "local"]
 
 @dataclass(frozen=True)
 class Options:
-    """How the loop prunes; see :func:`ippro_tp.prune`."""
+    """How the loop prunes; see :func:`ippro_tp.prune`.
+
+    Attributes:
+        layer_ratios: fraction of channels that goes, by regular expression: the first that is found in the name of
+            a layer of a group decides for the group, whatever the target.
+    """
 
     unit: Unit
     target: float
@@ -42,6 +48,7 @@ class Options:
     forward_fn: Forward | None
     output_transform: Transform | None
     progress: bool
+    layer_ratios: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,6 @@ class Loop:
         return records
 
     def _step(self, number: int) -> StepRecord:
-        options = self.options
         structure = self._structure()
         if not structure.groups:
             raise TargetError(f"no group of channels can be pruned: {_listed(structure.left_whole)}", 1.0)
@@ -139,8 +145,7 @@ class Loop:
         if not scores:
             raise TargetError(f"no group of channels has a score: {_listed(unscored)}", 1.0)
         ranked = [self._ranked(structure.groups[key], values) for key, values in scores.items()]
-        order = RemovalOrder(ranked, options.scope)
-        found = self._search(order, structure, number)
+        found = self._search(ranked, structure, number)
         masks = {r.key: _mask(structure.groups[r.key], r.order[: found.gone[r.key]]) for r in ranked}
         refitted = self._cut(structure, masks)
         groups = [
@@ -177,28 +182,53 @@ class Loop:
 
     # -- the search --------------------------------------------------------------------------------------------
 
-    def _search(self, order: RemovalOrder, structure: Structure, number: int) -> Found:
+    def _search(self, ranked: Sequence[Ranked], structure: Structure, number: int) -> Found:
         options = self.options
+        fixed = self._fixed(ranked, structure, number)
+        order = RemovalOrder([group for group in ranked if group.key not in fixed], options.scope)
         goal = 1 - options.target if options.unit == "ratio" else options.target
         wanted = 1 - (1 - goal) * number / options.steps
-        sizes = self._channels(structure, order) if options.unit == "ratio" else self._sizes(structure)
-        found = find(order, self._shown(sizes, wanted), wanted, sizes(order.gone(0)))
-        if abs(found.left - wanted) <= TOLERANCE:
+        measured = self._channels(structure, ranked) if options.unit == "ratio" else self._sizes(structure)
+        if not order.groups:
+            return Found(fixed, measured(fixed), 1)
+        with self._shown(measured, wanted) as shown:
+            found = find(order, lambda gone: shown({**fixed, **gone}), wanted)
+        found = replace(found, gone={**fixed, **found.gone})
+        if abs(found.left - wanted) <= tolerance(wanted) or (options.unit == "ratio" and fixed):
             return found
         unit = {"macs": "MACs", "params": "parameters", "ratio": "channels", "latency": "latency"}[options.unit]
+        margin = f"{100 * tolerance(wanted):.3g}%"
         bounds = f"max_pruning_ratio={options.max_pruning_ratio:g}"
         bounds += f", round_to={options.round_to}" if options.round_to else ""
         raise TargetError(
-            f"{options.unit}={options.target:g} cannot be met within {TOLERANCE:.0%} of the whole: {wanted:.4g} "
+            f"{options.unit}={options.target:g} cannot be met within {margin} of the whole: {wanted:.4g} "
             f"of the {unit} is to be left, and the nearest is {found.left:.4g}. Change the target, {bounds} or "
             f"ignored_layers; groups left whole: {_listed(structure.left_whole)}.",
             found.left if options.unit != "ratio" else 1 - found.left,
         )
 
-    def _channels(self, structure: Structure, order: RemovalOrder) -> Sizes:
+    def _fixed(self, ranked: Sequence[Ranked], structure: Structure, number: int) -> dict[str, int]:
+        """Units that go in this step of groups whose ratio is told and not searched for."""
+        options, fixed = self.options, {}
+        unused = set(options.layer_ratios)
+        default = options.target if options.unit == "ratio" and options.scope == "local" else None
+        for group in ranked:
+            names = [group.key, *(layer.name for layer in structure.groups[group.key].record.producers)]
+            found = (p for p in options.layer_ratios if any(re.search(p, name) for name in names))
+            pattern = next(found, None)
+            unused.discard(pattern or "")
+            ratio = default if pattern is None else options.layer_ratios[pattern]
+            if ratio is not None:
+                left = self._units[group.key] * (1 - ratio) ** (number / options.steps)
+                fixed[group.key] = min(group.rounded(max(group.units - int(left + 1e-9), 0)), group.most)
+        if unused:
+            raise ValueError(f"layer_ratios: no layer that can be pruned matches {min(unused)!r}")
+        return fixed
+
+    def _channels(self, structure: Structure, groups: Sequence[Ranked]) -> Sizes:
         """The fraction of channels that is left, of those that could go at the first step."""
         per_unit = {key: p.record.width / p.units for key, p in structure.groups.items()}
-        now = sum(per_unit[group.key] * group.units for group in order.groups)
+        now = sum(per_unit[group.key] * group.units for group in groups)
         self._all_channels = self._all_channels or now
         whole = self._all_channels
 
@@ -232,23 +262,25 @@ class Loop:
             return sum(p.numel() for p in model.parameters()) / self._whole.params
         return self._meter.counts(model).macs / self._whole.macs
 
-    def _shown(self, sizes: Sizes, wanted: float) -> Sizes:
+    @contextmanager
+    def _shown(self, sizes: Sizes, wanted: float) -> Iterator[Sizes]:
         """The same, with a progress bar if tqdm is there and progress is wanted."""
-        if not self.options.progress:
-            return sizes
         try:
             from tqdm.auto import tqdm
         except ImportError:
-            return sizes
-        bar = tqdm(desc=f"searching {self.options.unit} {wanted:.3g}", unit="try", leave=False)
+            yield sizes
+            return
+        desc, hidden = f"searching {self.options.unit} {wanted:.3g}", not self.options.progress
 
-        def shown(gone: Mapping[str, int]) -> float:
-            left = sizes(gone)
-            bar.set_postfix_str(f"{left:.4f}")
-            bar.update()
-            return left
+        with tqdm(desc=desc, unit="try", leave=False, disable=hidden) as bar:
 
-        return shown
+            def shown(gone: Mapping[str, int]) -> float:
+                left = sizes(gone)
+                bar.set_postfix_str(f"{left:.4f}")
+                bar.update()
+                return left
+
+            yield shown
 
     # -- the cut -----------------------------------------------------------------------------------------------
 

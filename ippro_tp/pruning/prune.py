@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,7 +93,70 @@ def prune(
         >>> result.model[0].out_features, round(result.macs, 2)
         (32, 0.5)
     """
-    unit, target = _target(macs=macs, params=params, latency=latency, ratio=ratio)
+    return prune_layers(
+        model,
+        example_inputs,
+        loader,
+        {},
+        {"macs": macs, "params": params, "latency": latency, "ratio": ratio},
+        importance=importance,
+        compensation=compensation,
+        scope=scope,
+        steps=steps,
+        ignored_layers=ignored_layers,
+        round_to=round_to,
+        max_pruning_ratio=max_pruning_ratio,
+        forward_fn=forward_fn,
+        output_transform=output_transform,
+        loss_fn=loss_fn,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def prune_layers(
+    model: nn.Module,
+    example_inputs: Any,
+    loader: Iterable[Any],
+    layer_ratios: Mapping[str, float],
+    targets: Mapping[str, float | None],
+    *,
+    importance: Importance | None,
+    compensation: bool | Compensation,
+    scope: Scope,
+    steps: int,
+    ignored_layers: Sequence[nn.Module | str] | None,
+    round_to: int | None,
+    max_pruning_ratio: float,
+    forward_fn: Forward | None = None,
+    output_transform: Transform | None = None,
+    loss_fn: LossFn | None = None,
+    seed: int,
+    progress: bool,
+) -> PruneResult:
+    """:func:`prune`, with other ratios for some layers.
+
+    Args:
+        model: see :func:`prune`, as for all that is not named here.
+        example_inputs: as there.
+        loader: as there.
+        layer_ratios: fraction of channels that goes, by regular expression: the first that is found in the name of
+            a layer of a group decides for the group, whatever the target.
+        targets: by unit; all but one ``None``.
+        importance: as there.
+        compensation: as there.
+        scope: as there.
+        steps: as there.
+        ignored_layers: as there.
+        round_to: as there.
+        max_pruning_ratio: as there.
+        forward_fn: as there.
+        output_transform: as there.
+        loss_fn: as there.
+        seed: as there.
+        progress: as there.
+    """
+    unit, target = _target(targets)
     _check(scope, steps, round_to, max_pruning_ratio, unit, target)
     _, given = resolve(model)
     ignored = _names(given, ignored_layers or ())
@@ -110,7 +173,7 @@ def prune(
         loader = list(loader)
     options = Options(
         unit, target, scope, steps, round_to or 0, max_pruning_ratio, ignored, example_inputs, forward_fn,
-        output_transform, progress,
+        output_transform, progress, layer_ratios,
     )  # fmt: skip
     importance = _default(seed, scope, unit) if importance is None else importance
     scorer = Scorer(
@@ -131,7 +194,7 @@ def prune(
     )  # fmt: skip
 
 
-def _target(**targets: float | None) -> tuple[Unit, float]:
+def _target(targets: Mapping[str, float | None]) -> tuple[Unit, float]:
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"give exactly one target of {', '.join(targets)}; got {', '.join(given) or 'none'}")
@@ -152,6 +215,8 @@ def _check(
         raise ValueError(f"round_to={round_to!r}; give a positive integer or None")
     if not 0 < max_pruning_ratio <= 1:
         raise ValueError(f"max_pruning_ratio={max_pruning_ratio!r}; give a fraction above 0, 1 at most")
+    if unit == "ratio" and target > max_pruning_ratio:
+        raise ValueError(f"ratio={target:g} is above max_pruning_ratio={max_pruning_ratio:g}")
 
 
 def _names(model: nn.Module, layers: Sequence[nn.Module | str]) -> tuple[str, ...]:

@@ -79,7 +79,8 @@ class PruneResult:
 
         Args:
             directory: created if need be.
-            source: see :func:`ippro_tp.save_pruned`.
+            source: see :func:`ippro_tp.save_pruned`; without one, and without a ``builder``, all classes of the
+                model have to be importable in the process that loads it.
             builder: see :func:`ippro_tp.save_pruned`.
 
         Returns:
@@ -91,7 +92,7 @@ class PruneResult:
 
     def __str__(self) -> str:
         rows = [("group", "channels", "left", "", "layers"), *(_row(g) for g in self.groups if not g.reason)]
-        lines = [self._headline(), "", *_table(rows)]
+        lines = [self.headline, "", *_table(rows)]
         whole, skipped = self.left_whole, self.skipped
         if whole:
             lines += ["", "left whole:", *(f"  {key}: {reason}" for key, reason in whole.items())]
@@ -103,7 +104,9 @@ class PruneResult:
             lines += [f"  not refitted: {name}: {reason}" for name, reason in skipped.items()]
         return "\n".join(lines)
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """Sizes before and after, and how it was pruned, in a line."""
         sizes = [
             f"MACs {self.before.macs / 1e6:.4g} M -> {self.after.macs / 1e6:.4g} M ({self.macs:.1%})",
             f"parameters {self.before.params / 1e6:.4g} M -> {self.after.params / 1e6:.4g} M ({self.params:.1%})",
@@ -118,7 +121,7 @@ class PruneResult:
 
         body = "".join(cells(_row(group), "td") for group in self.groups if not group.reason)
         parts = [
-            f"<p>{html.escape(self._headline())}</p>",
+            f"<p>{html.escape(self.headline)}</p>",
             f"<table>{cells(('group', 'channels', 'left', '', 'layers'), 'th')}{body}</table>",
         ]
         for title, reasons in (("left whole", self.left_whole), ("not refitted", self.skipped)):

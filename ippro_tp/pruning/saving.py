@@ -19,9 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .tree import describe, rebuild
+
 WEIGHTS, SHAPES = "model.safetensors", "shapes.json"
 FORMAT, VERSION = "ippro-tp pruned model", 1
 LIBRARIES = ("timm", "torchvision")
+MODULES = "modules"
+"""Library of models whose modules are written down themselves."""
 # Flags that make a library download or read weights: a saved model brings its own.
 _WEIGHT_FLAGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg")
 # What nn.Module keeps in its __dict__ for itself.
@@ -48,6 +52,8 @@ def save_pruned(
         directory: folder, created if need be, of ``model.safetensors`` and ``shapes.json``.
         source: how the library builds the unpruned network: ``{"library": "timm" | "torchvision", "name": ...,
             "kwargs": {...}}``; ``kwargs`` (optional) must be plain JSON values and must not ask for weights.
+            Without a source and a builder the modules themselves are written down (:mod:`pruning.tree`): what all
+            classes can be imported from is enough then.
         builder: instead, for a network of your own, a function without arguments that builds it unpruned; then
             ``source`` may hold any JSON values, as a note, and :func:`load_pruned` needs the same function.
 
@@ -56,8 +62,9 @@ def save_pruned(
 
     Raises:
         ImportError: safetensors or the library is not installed.
-        TypeError: neither ``source`` nor ``builder`` is given, or ``source`` is not plain JSON.
-        ValueError: ``source`` is no known model, or builds a network that ``model`` cannot have been pruned from.
+        TypeError: ``source`` is not plain JSON.
+        ValueError: a module cannot be written down and needs a ``builder``; ``source`` is no known model, or
+            builds a network that ``model`` cannot have been pruned from.
 
     Example:
         >>> import tempfile, torch, torch_pruning as tp
@@ -76,7 +83,7 @@ def save_pruned(
     safetensors = _library("safetensors.torch", "safetensors")
     folder = Path(directory)
     if source is None and builder is None:
-        raise TypeError("save_pruned() needs source={'library': ..., 'name': ..., 'kwargs': {...}}, or builder=")
+        source = {"library": MODULES, "tree": describe(model)}
     note = _as_json(dict(source or {}))
     fresh = _build(note, builder)
     spec: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": note}
@@ -97,8 +104,9 @@ def load_pruned(
 ) -> nn.Module:
     """Return the model that :func:`save_pruned` wrote: same outputs to the bit, same train/eval flags.
 
-    Nothing in the files is executed: weights are safetensors, shapes are JSON, and of the libraries only
-    registered model names are built, never with downloaded weights. torch's random stream is left as it was.
+    Nothing in the files is executed: weights are safetensors, shapes are JSON, of the libraries only registered
+    model names are built, never with downloaded weights, and of modules that were written down only classes of
+    PyTorch modules are made, without calling their constructors. torch's random stream is left as it was.
 
     Args:
         directory: folder with ``model.safetensors`` and ``shapes.json``.
@@ -233,7 +241,7 @@ def _tensors(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _apply(model: nn.Module, spec: Mapping[str, Any]) -> None:
     """Give ``model`` the attributes, shapes, aliases and flags of ``spec``; values are not set."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, changed in spec["attributes"].items():
         for key, value in changed.items():
             if key in _INTERNAL or key.startswith("__") or not (value is None or _is_plain(value)):
@@ -326,6 +334,8 @@ def _build(source: Mapping[str, Any], builder: Builder | None) -> nn.Module:
 
 
 def _from_library(source: Mapping[str, Any]) -> nn.Module:
+    if source.get("library") == MODULES:
+        return rebuild(source["tree"])
     library, name, kwargs = source.get("library"), source.get("name"), dict(source.get("kwargs") or {})
     if library not in LIBRARIES:
         raise ValueError(
@@ -356,7 +366,8 @@ def _library(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"saving and loading this model needs the package {package!r}: pip install ippro-tp[bench]"
+            f"saving and loading this model needs the package {package!r}: pip install "
+            f"{'ippro-tp[safetensors]' if package == 'safetensors' else package}"
         ) from error
 
 

@@ -27,7 +27,12 @@ class Found:
     tries: int
 
 
-def find(order: RemovalOrder, sizes: Sizes, target: float, whole: float = 1.0) -> Found:
+def tolerance(target: float) -> float:
+    """How far from ``target`` is near enough: a hundredth of the whole, and a tenth of a small target."""
+    return min(TOLERANCE, target / 10)
+
+
+def find(order: RemovalOrder, sizes: Sizes, target: float) -> Found:
     """The cut whose size is nearest to ``target``, along ``order``.
 
     Where a group's next step is too large, the group stays before the step and the others go on; or it takes the
@@ -37,20 +42,20 @@ def find(order: RemovalOrder, sizes: Sizes, target: float, whole: float = 1.0) -
         order: of removal.
         sizes: measures what is left.
         target: the fraction that is wanted.
-        whole: what is left where nothing is gone.
     """
     known: dict[tuple[int, ...], float] = {}
 
     def left(gone: dict[str, int]) -> float:
         key = tuple(gone.values())
         if key not in known:
-            known[key] = sizes(gone) if any(key) else whole
+            known[key] = sizes(gone)
         return known[key]
 
-    best = Found(order.gone(0), whole, 0)
+    start = order.gone(0)
+    best = Found(start, left(start), 0)
     waiting: deque[tuple[dict[str, int], dict[str, int]]] = deque([({}, {})])
     for _ in range(ATTEMPTS):
-        if not waiting or abs(best.left - target) <= TOLERANCE:
+        if not waiting or abs(best.left - target) <= tolerance(target):
             break
         least, most = waiting.popleft()
         low, high = _bracket(order, least, most, left, target)
@@ -89,7 +94,7 @@ def _bracket(
         share = 0.5 if halve else min(max((above - target) / (above - below), 0.02), 0.98)
         middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
         size = at(middle)
-        if abs(size - target) <= CLOSE:
+        if abs(size - target) <= min(CLOSE, tolerance(target)):
             return middle, middle
         narrowed = (high - low) / 2
         low, high, above, below = (middle, high, size, below) if size > target else (low, middle, above, size)

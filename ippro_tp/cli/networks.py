@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
 import torchvision
-from timm.data import resolve_data_config
+from timm.data import resolve_data_config  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from benchmarks.errors import UsageError
-from benchmarks.models.checkpoints import load_checkpoint, read_state_dict
-from benchmarks.models.cifar import NETWORKS, frozen_parameters
-from benchmarks.pipeline.config import PruneRunConfig
-from benchmarks.pipeline.seeds import seeded
-from benchmarks.tasks.imagefolder import IMAGENET, output_indices
-from ippro_tp import load_pruned
-from ippro_tp.calibration.losses import main_output
+from ..calibration.losses import main_output
+from .cifar import NETWORKS, frozen_parameters
+from .config import PruneRunConfig
+from .errors import UsageError
+from .images import IMAGENET, output_indices
+from .seeds import seeded
+from .weights import load_checkpoint, read_state_dict
 
 
 @dataclass
@@ -29,8 +27,7 @@ class Network:
 
     Attributes:
         model: In eval mode, on the CPU.
-        source: Library, name and kwargs, as ``save_pruned`` takes them.
-        builder: Builds it untrained; None where ``source`` says enough.
+        source: Library, name and kwargs.
         example: One input of zeros, ``[1, C, H, W]``.
         ignored: Names of the layers that keep their outputs.
         frozen: Names of parameters that training leaves alone.
@@ -40,12 +37,16 @@ class Network:
 
     model: nn.Module
     source: dict
-    builder: Callable[[], nn.Module] | None
     example: Tensor
     ignored: tuple[str, ...]
     frozen: tuple[str, ...]
     outputs: int
     data: dict
+
+    @property
+    def saved_as(self) -> dict | None:
+        """The source that ``save_pruned`` takes; ``None`` where the modules themselves are to be written down."""
+        return self.source if self.source["library"] in ("timm", "torchvision") else None
 
     def rebuild(self) -> nn.Module:
         """Return the untrained network again."""
@@ -53,12 +54,13 @@ class Network:
             return _build(self.source)
 
 
-def build_network(config: PruneRunConfig, classes: list[str]) -> Network:
+def build_network(config: PruneRunConfig, classes: list[str], any_classes: bool = False) -> Network:
     """Return the network that ``config`` names, with its weights.
 
     Args:
         config: The flags.
         classes: Names of the class folders, or one name per class of the masks.
+        any_classes: They need not be the network's.
 
     Raises:
         UsageError: The name is unknown, or weights, classes and network do not fit together.
@@ -71,16 +73,9 @@ def build_network(config: PruneRunConfig, classes: list[str]) -> Network:
     data = _data_config(config, model)
     example = torch.zeros(1, *data["input_size"])
     outputs, ignored = _classifiers(model, example)
-    check_classes(config, classes, outputs)
-    builder = (lambda: _build(source)) if config.library == "cifar" else None
-    return Network(model, source, builder, example, ignored, frozen_parameters(model), outputs, data)
-
-
-def load(folder: Path) -> nn.Module:
-    """Return the pruned network that ``prune`` wrote to ``folder``, also one of the harness's own."""
-    path = Path(folder) / "shapes.json"
-    source = json.loads(path.read_text())["source"] if path.is_file() else {}
-    return load_pruned(folder, (lambda: _build(source)) if source.get("library") == "cifar" else None)
+    if not any_classes:
+        check_classes(config, classes, outputs)
+    return Network(model, source, example, ignored, frozen_parameters(model), outputs, data)
 
 
 def check_classes(config: PruneRunConfig, classes: list[str], outputs: int) -> None:
@@ -119,8 +114,10 @@ def _check_name(config: PruneRunConfig) -> None:
     elif library == "torchvision":
         known = name in torchvision.models.list_models(module=torchvision.models)
         choice = "see torchvision.models.list_models()"
-    else:
+    elif library == "cifar":
         known, choice = name in NETWORKS, f"known: {', '.join(NETWORKS)}"
+    else:
+        known, choice = _imported(name) is not None, "write PACKAGE.MODULE:FUNCTION, of what can be imported"
     if not known:
         raise UsageError(f"--library {library} has no model {name!r} for {config.task}; {choice}")
 
@@ -132,7 +129,22 @@ def _build(source: dict) -> nn.Module:
     if library == "torchvision":
         extra = {"weights_backbone": None} if "aux_loss" in kwargs else {}
         return torchvision.models.get_model(name, weights=None, **extra, **kwargs)
-    return NETWORKS[name](**kwargs)
+    if library == "cifar":
+        return NETWORKS[name](**kwargs)
+    builder = _imported(name)
+    if builder is None:
+        raise UsageError(f"--model {name} cannot be imported any more")
+    return builder(**kwargs)
+
+
+def _imported(name: str) -> Callable[..., nn.Module] | None:
+    """Return what ``PACKAGE.MODULE:NAME`` stands for, if it can be called."""
+    module, found, attribute = name.partition(":")
+    try:
+        value = getattr(importlib.import_module(module), attribute) if found else None
+    except (ImportError, AttributeError):
+        return None
+    return value if callable(value) else None
 
 
 def _weighted(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Module:
@@ -154,8 +166,10 @@ def _weighted(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Mo
 
 
 def _pretrained(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Module:
-    if config.library == "cifar":
-        raise UsageError("--library cifar has no weights to download; give --checkpoint or --train-epochs")
+    if config.library in ("cifar", "python"):
+        raise UsageError(
+            f"--library {config.library} has no weights to download; give --checkpoint or --train-epochs"
+        )
     try:
         if config.library == "timm":
             model = timm.create_model(config.model, pretrained=True, **source["kwargs"])

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from pipeline_helpers import make_folder, make_masks
 
-from benchmarks.__main__ import main
-from benchmarks.errors import UsageError
-from benchmarks.pipeline import settings
-from benchmarks.pipeline.config import PruneRunConfig, check
+from ippro_tp.cli import settings
+from ippro_tp.cli.config import PruneRunConfig, check
+from ippro_tp.cli.errors import UsageError
+from ippro_tp.cli.main import main
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+from .helpers import make_folder, make_masks
+
+CONFIGS = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").glob("*.yaml"))
 QUICK = ("resnet56_49",)
 
 
@@ -52,15 +53,14 @@ def test_the_command_line_wins():
         ({"importance": "pro", "depletion": "none"}, "macs", "none"),
         ({"importance": "pro", "depletion": "log"}, "macs", "log"),
         ({}, "macs", "coupled"),
-        ({"importance": "pro-mean"}, "macs", "none"),
+        ({"importance": "pro-mean"}, "macs", "coupled"),
         ({"importance": "pro-mean", "depletion": "log"}, "macs", "log"),
+        ({"importance": "pro", "params": 0.5, "macs": None}, "params", "coupled"),
         ({"importance": "l2"}, "none", "none"),
-        ({"importance": "l2", "depletion": "log"}, "none", "log"),
-        ({"importance": "l2", "depletion": "log", "scope": "local"}, "none", "none"),
     ],
 )
 def test_cost_and_depletion_that_are_meant(flags, unit, depletion):
-    config = PruneRunConfig(macs=0.5, **flags)
+    config = PruneRunConfig(**{"macs": 0.5, **flags})
     assert (config.cost_unit, config.depletion_kind) == (unit, depletion)
 
 

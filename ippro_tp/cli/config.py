@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import torch
+from .errors import UsageError
+from .files import as_dict
+from .importances import find_importance
 
-from benchmarks.criteria.registry import find_criterion
-from benchmarks.errors import UsageError
-from benchmarks.harness.cells import as_dict
-from benchmarks.pipeline.recipe import Recipe
+if TYPE_CHECKING:
+    import torch
+
+    from .recipe import Recipe
+
+try:
+    from tyro.conf import Positional
+except ModuleNotFoundError:  # flags can be read without the command line
+    _T = TypeVar("_T")
+    Positional = Annotated[_T, None]  # type: ignore[misc]
 
 NEUTRAL = (
     "out", "dry_run", "workers", "checkpoint_every", "check_images", "export_onnx", "config", "data_dir",
@@ -25,11 +33,12 @@ class PruneRunConfig:
     """Prune a network to a target, fine-tune it, save it with a report. Killed, the same command goes on."""
 
     config: Path | None = None
-    """Take flags from this YAML file (see benchmarks/configs); those on the command line win."""
+    """Take flags from this YAML file; those on the command line win."""
     model: str = ""
     """Name of the network in its library."""
-    library: Literal["timm", "torchvision", "cifar"] = "timm"
-    """cifar: the networks for 32x32 images in benchmarks/models (resnet20, resnet56, vgg19, ...)."""
+    library: Literal["timm", "torchvision", "cifar", "python"] = "timm"
+    """cifar: networks for 32x32 images (resnet20, resnet56, vgg19, ...); python: --model PACKAGE.MODULE:FUNCTION
+    is called with num_classes."""
     pretrained: bool = False
     """Start from the library's own weights (downloaded)."""
     checkpoint: Path | None = None
@@ -47,6 +56,8 @@ class PruneRunConfig:
     """Target: remaining MACs as a fraction of the unpruned network's."""
     params: float | None = None
     """Target: remaining parameters as a fraction."""
+    latency: float | None = None
+    """Target: remaining time of a forward pass as a fraction, measured on --device."""
     pruning_ratio: float | None = None
     """Instead of a target: the fraction of channels to remove."""
     layer_ratios: tuple[str, ...] = ()
@@ -57,7 +68,7 @@ class PruneRunConfig:
     max_pruning_ratio: float = 0.9
     """Largest ratio per layer, over all steps."""
     importance: str = "pro"
-    """Any criterion of ``compare``: pro, l1, l2, taylor, ..."""
+    """pro, l1, l2, bn, lamp, fpgm, taylor, hessian, ispasp, random, ...; or PACKAGE.MODULE:CLASS."""
     cost: Literal["auto", "none", "macs", "params"] = "auto"
     """Divide scores by what a channel costs, in the global scope; auto: for PRO, in the unit of the target."""
     depletion: Literal["auto", "none", "log", "coupled"] = "auto"
@@ -126,28 +137,39 @@ class PruneRunConfig:
 
     @property
     def target(self) -> tuple[str, float]:
-        """``macs``, ``params`` or ``ratio``, and its value."""
-        named = {"macs": self.macs, "params": self.params, "ratio": self.pruning_ratio}
+        """``macs``, ``params``, ``latency`` or ``ratio``, and its value."""
+        named = {"macs": self.macs, "params": self.params, "latency": self.latency, "ratio": self.pruning_ratio}
         return next((unit, value) for unit, value in named.items() if value is not None)
+
+    @property
+    def price(self) -> tuple[str | None, str | None]:
+        """What an importance that takes them gets for ``cost`` and ``depletion``."""
+        return self._none(self.cost_unit), self._none(self.depletion_kind)
+
+    @staticmethod
+    def _none(value: str) -> str | None:
+        return None if value == "none" else value
 
     @property
     def cost_unit(self) -> str:
         """The unit that scores are divided by: ``none``, ``macs`` or ``params``."""
-        if self.scope == "local" or (self.cost == "auto" and self.importance not in ("pro", "pro-mean")):
+        if self.scope == "local" or not find_importance(self.importance).priced:
             return "none"
         return self.cost if self.cost != "auto" else "params" if self.params is not None else "macs"
 
     @property
     def depletion_kind(self) -> str:
         """How scores rise as their group is emptied: ``none``, ``log`` or ``coupled``."""
-        if self.scope == "local":
+        if self.scope == "local" or not find_importance(self.importance).priced:
             return "none"
         if self.depletion == "auto":
-            return "coupled" if self.cost_unit != "none" and self.importance == "pro" else "none"
+            return "coupled" if self.cost_unit != "none" else "none"
         return self.depletion
 
     def torch_device(self) -> torch.device:
         """The device that ``device`` means."""
+        import torch
+
         name = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
             return torch.empty(0, device=name).device
@@ -156,6 +178,8 @@ class PruneRunConfig:
 
     def recipe(self, epochs: int, lr: float, frozen_statistics: bool = False) -> Recipe:
         """How to train for ``epochs``."""
+        from .recipe import Recipe
+
         return Recipe(
             epochs=epochs,
             learning_rate=lr,
@@ -173,7 +197,12 @@ class PruneRunConfig:
 
 def check(config: PruneRunConfig) -> None:
     """Raise UsageError for flags that cannot mean anything."""
-    targets = {"--macs": config.macs, "--params": config.params, "--pruning-ratio": config.pruning_ratio}
+    targets = {
+        "--macs": config.macs,
+        "--params": config.params,
+        "--latency": config.latency,
+        "--pruning-ratio": config.pruning_ratio,
+    }
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         raise UsageError(f"give exactly one of {', '.join(targets)}; got {', '.join(given) or 'none'}")
@@ -202,18 +231,17 @@ def check(config: PruneRunConfig) -> None:
         raise UsageError(f"--max-pruning-ratio must be between 0 and 1; got {config.max_pruning_ratio:g}")
     if config.lr <= 0 or (config.train_lr is not None and config.train_lr <= 0):
         raise UsageError("learning rates must be positive")
-    criterion = find_criterion(config.importance)
-    if config.task == "segmentation" and criterion.data == "backward" and not config.importance.startswith("pro"):
+    if config.pruning_ratio is not None and config.pruning_ratio > config.max_pruning_ratio:
+        raise UsageError(
+            f"--pruning-ratio {config.pruning_ratio:g} is above --max-pruning-ratio {config.max_pruning_ratio:g}"
+        )
+    named = find_importance(config.importance)
+    if config.task == "segmentation" and named.labels:
         raise UsageError(f"--importance {config.importance} needs labels of whole images; not for segmentation")
-    if config.depletion in ("log", "coupled") and criterion.signed:
-        raise UsageError(
-            f"--depletion {config.depletion} is not for --importance {config.importance}, whose scores have a sign"
-        )
-    if config.depletion == "coupled" and not criterion.coupled:
-        raise UsageError(
-            f"--depletion coupled is not for --importance {config.importance}, which does not know how channels "
-            "go together; log is for all that have no sign"
-        )
+    for flag in ("cost", "depletion"):
+        chosen = getattr(config, flag)
+        if chosen not in ("auto", "none") and not named.priced:
+            raise UsageError(f"--{flag} {chosen} is not for --importance {config.importance}: only pro takes it")
     layer_ratios(config)
 
 
@@ -232,7 +260,38 @@ def layer_ratios(config: PruneRunConfig) -> dict[str, float]:
     return result
 
 
-def identity(config: PruneRunConfig, weights: str, images: dict[str, int]) -> dict:
+def identity(config: PruneRunConfig, weights: str, images: dict[str, int]) -> dict[str, Any]:
     """Return everything that decides the result, JSON-ready: two runs with equal identities may share a folder."""
     fields = {key: value for key, value in as_dict(config).items() if key not in NEUTRAL}
     return fields | {"device": config.torch_device().type, "weights": weights, "images": images}
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Show what a prune has written, or several side by side."""
+
+    directory: Positional[Path]
+    """The --out folder of one ``prune``, or the folder that holds those of several."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what can be pruned of a network, and what would be left whole and why; nothing is pruned."""
+
+    model: str
+    """Name of the network in its library."""
+    library: Literal["timm", "torchvision", "cifar", "python"] = "timm"
+    """cifar: networks for 32x32 images (resnet20, resnet56, vgg19, ...); python: --model PACKAGE.MODULE:FUNCTION
+    is called with num_classes."""
+    task: Literal["classification", "segmentation"] = "classification"
+    """Of torchvision's networks."""
+    num_classes: int = 1000
+    """Number of outputs."""
+    img_size: int | None = None
+    """Size of the images; by default the network's own."""
+    pretrained: bool = False
+    """Take the library's own weights (downloaded); they change nothing of what can be pruned."""
+    checkpoint: Path | None = None
+    """Take these weights."""
+    json: bool = False
+    """Print JSON instead of a table."""

@@ -10,10 +10,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import transforms
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from .runs import PHASES
 
 BEFORE, AFTER, REMOVED = "#C9CED6", "#0072B2", "#D55E00"
-PHASES = {"unpruned": "unpruned", "pruned": "pruned", "bn": "BN re-estimated", "finetuned": "fine-tuned"}
 TITLE_PAD = 24
 """Points between a title and its axes: room for one line of legend."""
 MOST_ROWS = 80
@@ -199,7 +200,7 @@ def _training(history: dict[str, list[float]], distilled: bool):
     axis.set_xlabel("epoch")
     axis.set_ylabel("training loss")
     axis.margins(y=0.12)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(framealpha=0.9, edgecolor="none", fontsize=9)
     _plain(axis)
     figure.tight_layout()

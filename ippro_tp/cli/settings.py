@@ -6,12 +6,10 @@ import dataclasses
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
+from .config import PruneRunConfig
+from .errors import UsageError
 
-from benchmarks.errors import UsageError
-from benchmarks.pipeline.config import PruneRunConfig
-
-TARGETS = ("macs", "params", "pruning_ratio")
+TARGETS = ("macs", "params", "latency", "pruning_ratio")
 
 
 def expand(arguments: list[str]) -> list[str]:
@@ -40,6 +38,10 @@ def expand(arguments: list[str]) -> list[str]:
 def read(path: Path) -> dict:
     """Return the flags of a file by field name; ``layer_ratios`` may be a mapping from pattern to ratio."""
     try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise UsageError("--config needs PyYAML: pip install ippro-tp[cli]") from error
+    try:
         settings = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
@@ -51,9 +53,7 @@ def read(path: Path) -> dict:
     settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
     unknown = sorted(set(settings) - known)
     if unknown:
-        raise UsageError(
-            f"--config {path}: there is no flag {unknown[0]!r}; see python -m benchmarks prune --help"
-        )
+        raise UsageError(f"--config {path}: there is no flag {unknown[0]!r}; see ippro-tp prune --help")
     return settings
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_helpers import make_folder
 
-from benchmarks.__main__ import main
 from ippro_tp import load_pruned
+from ippro_tp.cli.main import main
+
+from .helpers import make_folder
 
 ROOT = Path(__file__).parents[2]
 SMALL = "--library timm --model test_resnet --train-epochs 1 --finetune-epochs 1 --img-size 32 --batch-size 8"
@@ -25,12 +26,12 @@ def _blocks(path: Path, language: str) -> list[str]:
 
 def _commands(path: Path) -> list[list[str]]:
     lines = "\n".join(_blocks(path, "")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.startswith("python -m benchmarks prune ")]
+    return [shlex.split(line) for line in lines if line.startswith("ippro-tp prune ")]
 
 
 def _small(words: list[str], images: Path) -> list[str]:
     """Return the arguments of a command with :data:`SMALL` in place of its own values."""
-    words = [w for w in words[3:] if w != "--pretrained"]
+    words = [w for w in words[1:] if w != "--pretrained"]
     words[words.index("IMAGES")] = str(images)
     if "--config" in words:
         place = words.index("--config") + 1

@@ -8,12 +8,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from pipeline_helpers import flags, make_folder, make_masks
 
-from benchmarks.__main__ import main
-from benchmarks.errors import UsageError
-from benchmarks.pipeline import export
 from ippro_tp import load_pruned
+from ippro_tp.cli import export
+from ippro_tp.cli.errors import UsageError
+from ippro_tp.cli.main import main
+
+from .helpers import flags, make_folder, make_masks
 
 
 @pytest.fixture(scope="module")

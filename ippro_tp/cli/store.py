@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.errors import UsageError
-from benchmarks.harness.cells import environment, write_json
+from .errors import UsageError
+from .files import environment, write_json
 
 CONFIG, PROGRESS = "config.json", "progress"
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.pipeline.data import FolderImages
-from benchmarks.pipeline.objectives import Segmentation, mean_iou
-from ippro_tp.calibration.losses import main_output
+from ..calibration.losses import main_output
+from .data import FolderImages
+from .objectives import Segmentation, mean_iou
 
 ROWS = 4
 
@@ -70,7 +70,7 @@ def draw_masks(
 
 
 def _palette(classes: int) -> np.ndarray:
-    colours = plt.get_cmap("tab20").colors
+    colours = plt.get_cmap("tab20")(range(20))[:, :3].tolist()
     colours = [*colours[::2], *colours[1::2]]  # the strong ones first
     return np.array([colours[i % len(colours)] for i in range(classes)])
 

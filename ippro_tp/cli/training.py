@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.errors import UsageError
-from benchmarks.pipeline.data import Images
-from benchmarks.pipeline.objectives import Classification, Segmentation, divergence
-from benchmarks.pipeline.recipe import Recipe, make_optimizer, make_scheduler, precision, training_mode
-from benchmarks.pipeline.seeds import derive
-from benchmarks.pipeline.store import Store
+from .data import Images
+from .errors import UsageError
+from .objectives import Classification, Segmentation, divergence
+from .recipe import Recipe, make_optimizer, make_scheduler, precision, training_mode
+from .seeds import derive
+from .store import Store
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Trainer:
         scheduler = make_scheduler(optimizer, recipe, self.images.steps_per_epoch)
         dtype, scaler = precision(recipe, self.device)
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        position = {"epoch": 0, "step": 0, "sum": 0.0, "loss": [], "seconds": 0.0}
+        position: dict = {"epoch": 0, "step": 0, "sum": 0.0, "loss": [], "seconds": 0.0}
         saved = self.store.load_checkpoint(phase)
         if saved is not None:
             for name, part in parts.items():

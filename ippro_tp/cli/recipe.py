@@ -42,7 +42,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe, frozen: tuple[str, ...] = (
     """Return the optimizer over all parameters but the ``frozen`` ones; normalisation layers are a group apart."""
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     named = [(n, p) for n, p in model.named_parameters() if n not in frozen and p.requires_grad]
-    plain, special = {}, {}
+    plain: dict = {}
+    special: dict = {}
     if recipe.norm_weight_decay is not None:
         special["weight_decay"] = recipe.norm_weight_decay
     if recipe.norm_momentum is not None and recipe.optimizer == "sgd":

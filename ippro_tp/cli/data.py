@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms, tv_tensors
@@ -19,14 +20,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from benchmarks.errors import UsageError
-from benchmarks.pipeline.config import PruneRunConfig
-from benchmarks.pipeline.networks import Network
-from benchmarks.pipeline.seeds import permutation, seeded
-from benchmarks.tasks.base import Batch
-from benchmarks.tasks.imagefolder import output_indices
+from .config import PruneRunConfig
+from .errors import UsageError
+from .evaluate import Batch
+from .images import output_indices
+from .networks import Network
+from .seeds import permutation, seeded
 
-Sample = tuple[Path, int | Path]
+Sample = tuple[Path, Any]
 """An image, and the number of its class or its mask."""
 
 SPLITS = {"train": ("train",), "val": ("val", "test")}
@@ -51,6 +52,7 @@ def read_listing(config: PruneRunConfig) -> Listing:
     Raises:
         UsageError: A folder is missing, a class has no images, an image or mask cannot be read.
     """
+    assert config.data_dir is not None
     folders = {split: _split_folder(config.data_dir, split) for split in SPLITS}
     if config.task == "segmentation":
         found = {split: _masked(folder) for split, folder in folders.items()}
@@ -154,7 +156,7 @@ class FolderImages(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int | Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
         epoch, index = key
         path, target = self.samples[index]
         image = open_image(path)
@@ -222,6 +224,8 @@ def _epoch_number(phase: str, epoch: int) -> int:
 
 def build_images(config: PruneRunConfig, listing: Listing, network: Network) -> Images:
     """Return the images of ``listing``, transformed as ``network`` wants them."""
+    evaluate: Callable
+    augment: Callable
     if config.task == "segmentation":
         size = mask_size(config, listing)
         evaluate, augment = (

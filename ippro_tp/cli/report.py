@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks.pipeline.figures import phase_names
+from .figures import phase_names
 
 
 def markdown(result: dict, figures: list[Path]) -> str:
@@ -34,7 +34,7 @@ def markdown(result: dict, figures: list[Path]) -> str:
         f"{result['images']['val']} validation images, {result['images']['classes']} classes.{_advice(result)}\n",
         tabulate(sizes, ["", "unpruned", "pruned", "left"], tablefmt="github", disable_numparse=True,
                  colalign=("left", "right", "right", "right")) + "\n",
-        f"MACs and parameters as Torch-Pruning counts them, of one input {'x'.join(map(str, how['shape']))}. "
+        f"MACs as torch counts FLOPs (half of them), of one input {'x'.join(map(str, how['shape']))}. "
         f"Latency: median of {how['runs']} forward passes on {how['device']}, "
         f"{how['threads']} thread{'s' if how['threads'] > 1 else ''} "
         "(torch.utils.benchmark). Fewer MACs are not always less time.\n",
@@ -86,20 +86,15 @@ def _steps(result: dict) -> str:
     rows = []
     plan = result["plan"]
     for number, step in enumerate(plan["steps"], 1):
-        gone = sum(len(g["removed"]) for g in step["groups"])
-        total = sum(len(g["scores"] or []) for g in step["groups"])
-        rows.append(
-            [
-                number,
-                f"{step['ratio']:.4f}",
-                f"{gone} of {total}",
-                f"{sum(bool(g['removed']) for g in step['groups'])} of {len(step['groups'])}",
-                f"{step['macs'] / plan['macs_before']:.1%}",
-                f"{step['params'] / plan['params_before']:.1%}",
-            ]
-        )
-    head = ["step", "ratio", "channels removed", "groups touched", "MACs left", "parameters left"]
-    return f"{result['how']}\n\n" + tabulate(rows, head, tablefmt="github", disable_numparse=True)
+        groups = [group for group in step["groups"] if not group["reason"]]
+        total = sum(group["channels"] for group in groups)
+        gone = total - sum(group["kept"] for group in groups)
+        touched = f"{sum(bool(group['removed']) for group in groups)} of {len(groups)}"
+        rows.append([number, f"{gone} of {total}", touched, f"{step['left']:.1%}", step["tries"]])
+    head = ["step", "channels removed", "groups touched", f"{result['unit']} left", "sizes measured"]
+    text = f"{result['how']}\n\n" + tabulate(rows, head, tablefmt="github", disable_numparse=True)
+    whole = [f"- {group['root']}: {group['reason']}" for group in plan["steps"][-1]["groups"] if group["reason"]]
+    return text + ("\n\nLeft whole:\n\n" + "\n".join(whole) if whole else "")
 
 
 def _versions(environment: dict) -> str:

@@ -13,23 +13,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.errors import UsageError
-from benchmarks.harness.cells import as_dict, environment, write_json
-from benchmarks.harness.evaluate import reestimate_batchnorm
-from benchmarks.models.checkpoints import fingerprint
-from benchmarks.pipeline import dry, export
-from benchmarks.pipeline.config import PruneRunConfig, check, identity
-from benchmarks.pipeline.data import Images, build_images, mask_size, read_listing
-from benchmarks.pipeline.figures import draw_all
-from benchmarks.pipeline.latency import latencies
-from benchmarks.pipeline.masks import draw_masks
-from benchmarks.pipeline.networks import Network, build_network
-from benchmarks.pipeline.objectives import Classification, Segmentation
-from benchmarks.pipeline.plan import Plan, Planner
-from benchmarks.pipeline.report import markdown
-from benchmarks.pipeline.store import Store, check_folder
-from benchmarks.pipeline.training import Trainer
-from ippro_tp import load_pruned, save_pruned
+from ..pruning.saving import load_pruned, save_pruned
+from . import dry, export
+from .config import PruneRunConfig, check, identity
+from .data import Images, build_images, mask_size, read_listing
+from .errors import UsageError
+from .evaluate import reestimate_batchnorm
+from .figures import draw_all
+from .files import as_dict, environment, write_json
+from .latency import latencies
+from .masks import draw_masks
+from .networks import Network, build_network
+from .objectives import Classification, Segmentation
+from .plan import Plan, Planner
+from .report import markdown
+from .store import Store, check_folder
+from .training import Trainer
+from .weights import fingerprint
 
 TRAINED = "unpruned.safetensors"
 """The network that --train-epochs trained, in the folder of what a killed run needs; it stays."""
@@ -54,6 +54,7 @@ def run(config: PruneRunConfig) -> None:
     run = _Run(config, network, images, batches, device)
     run.look_ahead()
     if config.dry_run:
+        assert run.plan is not None
         print(dry.table(run.plan))
         if config.checkpoint is None and not config.pretrained:
             print("The network is untrained: sizes tell something, scores do not.")
@@ -71,9 +72,9 @@ class _Run:
     images: Images
     batches: list
     device: torch.device
-    store: Store | None = None
     plan: Plan | None = None
     planned: float = 0.0
+    store: Store = field(init=False)
     objective: Classification | Segmentation = field(init=False)
 
     def __post_init__(self) -> None:
@@ -181,7 +182,7 @@ class _Run:
         """Write the network, the results, the figures and the report."""
         folder, store, config = self.config.out, self.store, self.config
         model, unpruned = model.eval(), unpruned.eval()
-        save_pruned(model, folder, self.network.source, self.network.builder)
+        save_pruned(model, folder, self.network.saved_as)
         phases = {p: r for p in ("unpruned", "pruned", "bn", "finetuned") if (r := store.result(p)) is not None}
         plan = self._read_plan()
         example = self.network.example.to(self.device)
@@ -189,6 +190,9 @@ class _Run:
             "title": f"{config.model} ({config.library}), {self._aim()}",
             "command": _command(config),
             "how": self._how(),
+            "unit": {"macs": "MACs", "params": "parameters", "latency": "latency", "ratio": "channels"}[
+                config.target[0]
+            ],
             "importance": config.importance + ("" if config.cost_unit == "none" else f" / {config.cost_unit}"),
             "metric": self.objective.metric,
             "quality": {p: r["quality"] for p, r in phases.items()},
@@ -210,7 +214,7 @@ class _Run:
             "snippet": self._snippet(),
             "environment": environment(),
         }
-        if config.task == "segmentation":
+        if isinstance(self.objective, Segmentation):
             networks = {"unpruned": unpruned, "pruned, fine-tuned" if "finetuned" in phases else "pruned": model}
             path = folder / "figures" / "masks.png"
             draw_masks(path, self.images.val, networks, self.device, self.objective, self.network.data)
@@ -238,11 +242,11 @@ class _Run:
         self.store.record(phase, {"quality": quality} | (extra or {}))
 
     def _keep(self, phase: str, model: nn.Module) -> None:
-        save_pruned(model, self.store.progress / phase, self.network.source, self.network.builder)
+        save_pruned(model, self.store.progress / phase, self.network.saved_as)
 
     def _kept(self, phase: str) -> nn.Module:
         """Read the network back: an undisturbed run and a resumed one go on from the very same file."""
-        return load_pruned(self.store.progress / phase, self.network.builder, self.device)
+        return load_pruned(self.store.progress / phase, device=self.device)
 
     def _read_plan(self) -> dict:
         return json.loads((self.store.progress / "plan.json").read_text())
@@ -251,7 +255,7 @@ class _Run:
         unit, goal = self.config.target
         if unit == "ratio":
             return f"{100 * goal:g} % of the channels removed"
-        return f"{'MACs' if unit == 'macs' else 'parameters'} at {100 * goal:g} %"
+        return f"{ {'macs': 'MACs', 'params': 'parameters'}.get(unit, unit) } at {100 * goal:g} %"
 
     def _how(self) -> str:
         config = self.config
@@ -264,11 +268,7 @@ class _Run:
         return f"{', '.join(parts)}; {_count(self.batches)} calibration images, seed {config.seed}."
 
     def _snippet(self) -> str:
-        if self.network.builder is None:
-            lines = ["from ippro_tp import load_pruned", "", f'model = load_pruned("{self.config.out}")']
-        else:
-            lines = ["from benchmarks.pipeline.networks import load", "", f'model = load("{self.config.out}")']
-        return "\n".join(lines)
+        return f'from ippro_tp import load_pruned\n\nmodel = load_pruned("{self.config.out}")'
 
 
 def _count(batches: list) -> int:
@@ -277,7 +277,7 @@ def _count(batches: list) -> int:
 
 def _command(config: PruneRunConfig) -> str:
     """Return the command line of ``config``, without what is the default."""
-    default, words = as_dict(PruneRunConfig()), ["python", "-m", "benchmarks", "prune"]
+    default, words = as_dict(PruneRunConfig()), ["ippro-tp", "prune"]
     for name, value in as_dict(config).items():
         if value == default[name]:
             continue

@@ -26,7 +26,7 @@ class CifarVGG(nn.Module):
         layers: list[nn.Module] = []
         planes = 3
         for entry in LAYOUTS[depth]:
-            if entry == "M":
+            if isinstance(entry, str):
                 layers.append(nn.MaxPool2d(2))
             else:
                 out = round(entry * width)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.errors import UsageError
-from ippro_tp.calibration.losses import main_output
+from ..calibration.losses import main_output
+from .errors import UsageError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
@@ -57,6 +57,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
             wrapped, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )  # fmt: skip
+        assert program is not None
         program.save(str(partial), external_data=False)
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         worst = 0.0

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_helpers import flags, make_folder
 from safetensors.torch import load_file
 
-from benchmarks.__main__ import main
-from benchmarks.pipeline import training
-from benchmarks.pipeline.store import Store
+from ippro_tp.cli import training
+from ippro_tp.cli.main import main
+from ippro_tp.cli.store import Store
+
+from .helpers import flags, make_folder
 
 MORE = ["--train-epochs", "1", "--finetune-epochs", "2", "--pruning-ratio", "0.4", "--no-compensate"]
 MORE += ["--checkpoint-every", "2", "--distill"]
@@ -81,7 +82,7 @@ def test_a_checkpoint_is_read_without_pickle(tmp_path):
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(folder, undisturbed, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "benchmarks", *flags(folder, out, *MORE)]
+    command = [sys.executable, "-m", "ippro_tp", *flags(folder, out, *MORE)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
     subprocess.run([*command[:-1], command[-1], "--dry-run"], env=environment, check=True, capture_output=True)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness.evaluate import accuracy
-from benchmarks.tasks.base import Batch
-from ippro_tp.calibration.losses import main_output
+from ..calibration.losses import main_output
+from .evaluate import Batch, accuracy
 
 TEMPERATURE = 2.0
 

@@ -1,1 +1,0 @@
-"""``prune``: from a trained network to a smaller one, in one command that can be killed and run again."""
