@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ippro_tp import Compensation, NotCalibratedError, ObservationError, Recovery
-from ippro_tp.compensation.distilling import _schedule
+from ippro_tp.compensation.distilling import _mirrored, _schedule
 from tests.nets import Residual
 
 
@@ -219,6 +219,24 @@ def test_any_structure_of_inputs_and_outputs(kind, named):
     assert set(seen) == {dict if named else tuple}
 
 
+def test_images_are_mirrored_by_chance_and_nothing_else_is():
+    images = torch.randn(400, 3, 2, 4)
+    turned = _mirrored(images, torch.Generator().manual_seed(0))
+    same_as = (turned == images).flatten(1).all(1)
+    assert 150 < int(same_as.sum()) < 250
+    assert torch.equal(turned[~same_as], images.flip(3)[~same_as])
+    layer = nn.Linear(4, 2)
+    results = []
+    for augment in ("mirror", None):
+        model = copy.deepcopy(layer)
+        with torch.no_grad():
+            model.weight[:, 0] = 0
+        how = Recovery(steps=10, augment=augment, lr=1e-2)
+        how.calibrate(model, [torch.linspace(-1, 1, 256).view(64, 4)], progress=False).run(model, layer)
+        results.append(state(model))
+    assert same(*results)
+
+
 def test_samples_of_compensation_are_shared():
     model, teacher, inputs = pair()
     compensation = Compensation().calibrate(model, inputs, progress=False)
@@ -257,6 +275,13 @@ def test_refusals():
     other.fc = nn.Linear(6, 3)
     with pytest.raises(ObservationError, match="ignored_layers"):
         how.run(other, teacher)
-    for options in ({"steps": 0}, {"lr": 0.0}, {"batch_size": 0}, {"held_out": 1.0}, {"max_samples": 1}):
+    for options in (
+        {"steps": 0},
+        {"lr": 0.0},
+        {"batch_size": 0},
+        {"held_out": 1.0},
+        {"augment": "x"},
+        {"max_samples": 1},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             Recovery(**options)

@@ -24,7 +24,7 @@ from benchmarks.harness.scores import FrozenScores, freeze
 from benchmarks.harness.search import Found, find_ratio
 from benchmarks.harness.widths import Prediction, minimise
 from benchmarks.tasks import Batch, Task
-from ippro_tp import Compensation
+from ippro_tp import Compensation, Recovery
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Settings:
     from_scratch: bool = False
     bn_augmented: bool = False
     width_tries: int = 0
+    recovery_steps: int = 0
 
 
 @dataclass
@@ -215,6 +216,15 @@ class ArmRunner:
             raise ArithmeticError("compensation changed which channels are pruned")
         return Plan(pruned, plan.found, plan.rounding, plan.seconds)
 
+    def _recover(self, cell: Cell, model: torch.nn.Module) -> None:
+        """Distil the unpruned network into ``model``, on the calibration images and without labels."""
+        for name in self.task.frozen:
+            model.get_parameter(name).requires_grad_(False)
+        steps = {"steps": self.settings.recovery_steps} if self.settings.recovery_steps else {}
+        recovery = Recovery(**steps, seed=cell.seed)
+        recovery.calibrate(self.task.model, self.batches(cell.seed), progress=False)
+        recovery.run(model, copy.deepcopy(self.task.model))
+
     def _front_to_back(self, cell: Cell, plan: Plan, seconds: dict[str, float]) -> Plan:
         """Return a network of the widths of ``plan``'s, pruned group by group with a new calibration for each."""
         task, settings, batches = self.task, self.settings, self.batches(cell.seed)
@@ -254,6 +264,9 @@ class ArmRunner:
             plan = self._front_to_back(cell, plan, seconds)
         elif cell.compensation != "none" and plan.found.hit:
             plan = self._compensated(cell, scores, plan, seconds)
+        if cell.compensation == "recover" and plan.found.hit:
+            with _timed(seconds, "recovery"):
+                self._recover(cell, plan.pruned.model)
         base_macs, base_params = self.base_size()
         pruned = plan.pruned
         if pruned.macs >= base_macs:

@@ -47,8 +47,11 @@ class CompareConfig(TaskConfig):
     know it; coupled0.5: by another kappa than the package's."""
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
-    compensate: tuple[Literal["none", "fold"], ...] = ("none",)
-    """fold: refit each layer to what it gave before the cut (``ippro_tp.Compensation``)."""
+    compensate: tuple[Literal["none", "fold", "recover"], ...] = ("none",)
+    """fold: refit each layer to what it gave before the cut (``ippro_tp.Compensation``); recover: after that,
+    distil the unpruned network on the calibration images, without labels (``ippro_tp.Recovery``)."""
+    recovery_steps: int = 0
+    """Steps of the recovery; 0 for the package's default."""
     schedule: tuple[Literal["once", "front"], ...] = ("once",)
     """front: the same widths, but group by group, front to back, with a new calibration for each."""
     block_epochs: int = 0
@@ -116,6 +119,7 @@ def _settings(config: CompareConfig) -> Settings:
         from_scratch=config.from_scratch,
         bn_augmented=config.bn_augmented,
         width_tries=config.width_tries,
+        recovery_steps=config.recovery_steps,
         device=config.device,
     )
 
@@ -159,7 +163,7 @@ def _pending(config: CompareConfig, settings: Settings, task: Task, cells: list[
         "all_test_images": len(task.test),
     }
     del common["device"]
-    for option in ("block_epochs", "from_scratch", "bn_augmented"):
+    for option in ("block_epochs", "from_scratch", "bn_augmented", "recovery_steps"):
         if not common[option]:
             del common[option]  # cells from before the option are the same
     jobs: dict[str, list] = {}

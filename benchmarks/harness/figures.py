@@ -15,9 +15,10 @@ from benchmarks.harness.cells import UNPRUNED
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
 """Okabe and Ito's colour-blind-safe palette without yellow and without vermilion (PRO's own); two greys."""
 HIGHLIGHT = "#D55E00"
-COMPENSATED = " + compensation"
-"""What the report appends to the name of a compensated arm."""
+COMPENSATED, RECOVERED = " + compensation", " + recovery"
+"""What the report appends to the name of an arm that was compensated, or compensated and recovered."""
 COMPENSATED_STYLE = {"linestyle": "-.", "marker": "*", "markersize": 11}
+RECOVERED_STYLE = {"linestyle": "-", "marker": "D", "markersize": 7}
 MARKERS = "ovsPXD^<>ph*"
 DASHES = ("-", "--", ":")
 PANELS = {
@@ -68,18 +69,20 @@ def _draw(part: pd.DataFrame, task: str, path: Path) -> None:
 def arm_styles(arms: list[str]) -> dict[str, dict]:
     """Return line styles: PRO's default in vermilion and thick, PRO's other arms thin in the same colour.
 
-    Compensated arms have the colour of the arm that they compensate, a star and dashes with dots.
+    Compensated arms have the colour of the arm that they compensate, a star and dashes with dots; recovered ones a
+    diamond and no dashes.
     """
     styles, others, variants = {}, 0, 0
-    for arm in sorted(arms, key=lambda arm: COMPENSATED in arm):
-        plain = arm.replace(COMPENSATED, "")
+    for arm in sorted(arms, key=lambda arm: (RECOVERED in arm, COMPENSATED in arm)):
+        plain = arm.replace(COMPENSATED, "").replace(RECOVERED, "")
+        more = RECOVERED_STYLE if RECOVERED in arm else COMPENSATED_STYLE
         if plain != arm and plain in styles:
-            styles[arm] = styles[plain] | COMPENSATED_STYLE
+            styles[arm] = styles[plain] | more
             continue
         if arm.split(" ")[0] == "pro":
             dash = "-" if arm == "pro" else "--"
             styles[arm] = {"color": HIGHLIGHT, "linewidth": 3, "linestyle": dash, "marker": "o", "zorder": 5}
-            styles[arm] |= COMPENSATED_STYLE if plain != arm else {}
+            styles[arm] |= more if plain != arm else {}
         elif arm.startswith("pro-"):
             styles[arm] = {
                 "color": HIGHLIGHT,

@@ -80,7 +80,7 @@ def _row(record: dict) -> dict:
     arm = config["criterion"] if config["cost"] == "none" else f"{config['criterion']} / {config['cost']}"
     depletion = config.get("depletion", "none")
     arm += {"none": "", "log": ", depletion"}.get(depletion, f", {depletion}")
-    arm += "" if config.get("compensation", "none") == "none" else " + compensation"
+    arm += {"none": "", "fold": " + compensation"}.get(config.get("compensation", "none"), " + recovery")
     arm += "" if config.get("schedule", "once") == "once" else ", front to back"
     arm += "" if config.get("widths", "scores") == "scores" else ", widths measured"
     row = {"task": f"{config['task']} {config['model']}", "arm": arm}

@@ -16,11 +16,23 @@ from benchmarks.models.small_resnet import SmallResNet
 
 def test_compare_then_report_end_to_end(quick_digits, tmp_path, capsys):
     out = tmp_path / "out"
-    axes = ["--cost", "none", "--depletion", "none", "--compensate", "none", "fold"]
+    axes = [
+        "--cost",
+        "none",
+        "--depletion",
+        "none",
+        "--compensate",
+        "none",
+        "fold",
+        "recover",
+        "--recovery-steps",
+        "20",
+    ]
     training = ["--finetune-epochs", "1", "--from-scratch"]
     assert main([*quick_digits, "--criteria", "random", "l1", *training, *axes]) == 0
     cells = read_cells(out)
-    assert sorted(cells.arm) == ["l1", "l1 + compensation", "random", "random + compensation", "unpruned"]
+    arms = [arm + more for arm in ("l1", "random") for more in ("", " + compensation", " + recovery")]
+    assert sorted(cells.arm) == [*arms, "unpruned"]
     assert (cells.status == "ok").all()
     assert cells[["finetuned", "scratch"]].notna().all(axis=None)
     record = json.loads(next(out.glob("cells/*/l1__global__0.6__seed0.json")).read_text())

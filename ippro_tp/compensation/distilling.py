@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..calibration.batches import as_call
 from ..errors import ObservationError
 from .samples import Samples
 
+MIRROR: Literal["mirror"] = "mirror"
 LOOKS = 10
 """Times that the held-out samples are looked at."""
 WARM_UP = 0.05
@@ -29,7 +30,7 @@ class Plan:
     steps: int
     lr: float
     batch_size: int
-    augment: Callable[[Any], Any] | None
+    augment: Callable[[Any], Any] | Literal["mirror"] | None
     held_out: float
     seed: int
 
@@ -55,7 +56,7 @@ class Distillation:
         self, how: Plan, model: nn.Module, teacher: nn.Module, parameters: Sequence[Tensor], samples: Samples
     ) -> None:
         self._how, self._model, self._teacher, self._parameters = how, model, teacher, parameters
-        self._samples = samples
+        self._samples, self._device = samples, parameters[0].device
         self._generator = torch.Generator().manual_seed(how.seed)
         self.held = min(max(1, round(how.held_out * samples.count)), samples.count - 1)
         order = torch.randperm(samples.count, generator=self._generator)
@@ -89,7 +90,7 @@ class Distillation:
 
     def _learn(self, optimizer: torch.optim.Optimizer, batch: Tensor) -> bool:
         """One step; ``False``, and none, where the gradient is not finite."""
-        args, kwargs = self._augmented(*self._samples.arguments(batch))
+        args, kwargs = self._augmented(*self._samples.arguments(batch, self._device))
         with torch.no_grad():
             wanted = _floats(self._teacher(*args, **kwargs))
         optimizer.zero_grad()
@@ -132,11 +133,16 @@ class Distillation:
         return torch.stack(shares).mean()
 
     def _call(self, model: nn.Module, batch: Tensor) -> Any:
-        args, kwargs = self._samples.arguments(batch)
+        args, kwargs = self._samples.arguments(batch, self._device)
         return model(*args, **kwargs)
 
     def _augmented(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._how.augment is None:
+            return args, kwargs
+        if self._how.augment == MIRROR:
+            images = args[0] if len(args) == 1 and not kwargs else None
+            if isinstance(images, Tensor) and images.dim() == 4 and images.is_floating_point():
+                args = (_mirrored(images, self._generator),)
             return args, kwargs
         if args and kwargs:
             raise ObservationError("augment needs inputs that are given by position or by name, not both.")
@@ -147,6 +153,12 @@ class Distillation:
         while True:
             order = self._trained[torch.randperm(len(self._trained), generator=self._generator)]
             yield from order[: len(order) // size * size].split(size)
+
+
+def _mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each of ``(B, C, H, W)`` as it is or mirrored left to right, by chance."""
+    turned = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    return torch.where(turned.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def _schedule(done: float) -> float:

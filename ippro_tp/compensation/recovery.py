@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.guard import evaluating, preserved
 from ..errors import ObservationError
-from .distilling import Distillation, Plan
+from .distilling import MIRROR, Distillation, Plan
 from .inputs import KeptInputs
 
 
@@ -68,8 +68,10 @@ class Recovery(KeptInputs):
         lr: largest learning rate of AdamW; it rises in the first steps and falls along a cosine. It is divided by
             three, and the best weights so far are taken up again, whenever held-out samples say that it destroys.
         batch_size: samples per step.
-        augment: called with a batch of inputs (as the loader gave them: a tensor, a tuple or a dict), gives the
-            inputs that both models see instead; global random numbers in it follow ``seed``.
+        augment: ``"mirror"``: images, where they are the only input, ``(B, C, H, W)``, are mirrored left to right
+            by chance; other inputs are taken as they are. Or a callable: given a batch of inputs (as the loader
+            gave them: a tensor, a tuple or a dict), it returns those that both models see instead; global random
+            numbers in it follow ``seed``. ``None``: nothing.
         held_out: part of the samples that is only looked at.
         max_samples: inputs that are kept at most; of more, an even choice.
         seed: of the order of the samples and of ``augment``.
@@ -92,11 +94,11 @@ class Recovery(KeptInputs):
 
     def __init__(
         self,
-        steps: int = 300,
+        steps: int = 600,
         *,
         lr: float = 1e-3,
-        batch_size: int = 64,
-        augment: Callable[[Any], Any] | None = None,
+        batch_size: int = 32,
+        augment: Callable[[Any], Any] | Literal["mirror"] | None = "mirror",
         held_out: float = 0.125,
         max_samples: int = 16384,
         seed: int = 0,
@@ -108,6 +110,8 @@ class Recovery(KeptInputs):
             raise ValueError(f"lr={lr!r}; give a positive number")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}; give a number >= 1")
+        if not (augment is None or augment == MIRROR or callable(augment)):
+            raise ValueError(f'augment={augment!r}; give "mirror", a callable, or None')
         if not 0 < held_out < 1:
             raise ValueError(f"held_out={held_out!r}; give a number between 0 and 1")
         self._plan = Plan(int(steps), lr, int(batch_size), augment, held_out, seed)
