@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ippro_tp
@@ -165,7 +166,12 @@ def parameters(model: nn.Module) -> int:
 
 
 def macs(model: nn.Module, inputs: Any) -> int:
-    """Multiply-accumulates of one sample, by torch's counter."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(copy.deepcopy(model), picked(inputs, 0, 1))
+    """Multiply-accumulates of one sample, by torch's counter, which does not see into fused attention."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call(copy.deepcopy(model), picked(inputs, 0, 1))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2

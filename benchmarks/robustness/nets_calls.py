@@ -161,5 +161,6 @@ LINES = (
         vector,
         ("4",),
         "0",
+        samples=128,
     ),
 )

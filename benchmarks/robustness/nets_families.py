@@ -217,7 +217,16 @@ LINES = (
     ),
     Line("detr", "DETR: encoder, decoder, queries", Detr, image, ("cls", "box.2"), "box.0"),
     Line("bifpn", "BiFPN and shared heads (EfficientDet)", BiFPN, image, ("cls", "box"), "tower.conv", "tower.bn"),
-    Line("vae", "a VAE that draws noise in eval", Vae, vector, ("out", "mean", "log"), "dec", draws=True),
+    Line(
+        "vae",
+        "a VAE that draws noise in eval",
+        Vae,
+        vector,
+        ("out", "mean", "log"),
+        "dec",
+        draws=True,
+        samples=128,
+    ),
     Line("super-resolution", "image to image, pixel shuffle", SuperResolution, image, ("out",), "b"),
     Line(
         "generator",

@@ -46,7 +46,15 @@ TIMM = (
         **SMALL,
     ),
     timm_line(
-        "maxvit", "test_maxvit", 64, ("head.fc", "*.qkv"), "stages.2.blocks.0.attn_grid.mlp.fc1", img_size=64
+        "maxvit",
+        "test_maxvit",
+        64,
+        ("head.fc", "*.qkv"),
+        "stages.1.blocks.0.attn_grid.mlp.fc1",
+        img_size=64,
+        embed_dim=(32, 64),
+        depths=(1, 1),
+        block_type=("M", "M"),
     ),
     timm_line("vit", "test_vit", 64, ("head", "*.qkv"), "blocks.1.mlp.fc1", img_size=64),
     timm_line("vit-registers", "test_vit4", 64, ("head", "*.qkv"), "blocks.1.mlp.fc1", img_size=64, depth=3),

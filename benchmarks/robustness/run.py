@@ -49,6 +49,8 @@ class RobustnessConfig:
     """File that finished lines are written to and taken from."""
     tp_checkout: Path | None = None
     """A checkout of Torch-Pruning, whose own tests are run with PRO in place of its magnitude."""
+    tp_results: Path | None = None
+    """Folder that their results are kept in and taken from."""
 
 
 def run(config: RobustnessConfig) -> None:
@@ -66,7 +68,7 @@ def run(config: RobustnessConfig) -> None:
         print(f"{name}: " + "; ".join(f"{column} {text}" for column, text in found[name].items()), flush=True)
     if not config.only:
         config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "robustness.md").write_text(page(found, config.tp_checkout))
+        (config.out / "robustness.md").write_text(page(found, config.tp_checkout, config.tp_results))
 
 
 def checked(line: Line) -> dict[str, str]:
@@ -81,7 +83,7 @@ def checked(line: Line) -> dict[str, str]:
     return {**cells, "s": f"{time.monotonic() - start:.1f}"}
 
 
-def page(found: dict[str, dict[str, str]], tp_checkout: Path | None = None) -> str:
+def page(found: dict[str, dict[str, str]], tp_checkout: Path | None = None, kept: Path | None = None) -> str:
     """The table in Markdown, and what is behind each verdict that is not ok."""
     from importlib.metadata import version
 
@@ -104,7 +106,7 @@ def page(found: dict[str, dict[str, str]], tp_checkout: Path | None = None) -> s
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts += [f"## {room}", table, "\n".join(notes)]
     if tp_checkout is not None:
-        parts += ["## Torch-Pruning's own tests", tp_tests.report(tp_checkout)]
+        parts += ["## Torch-Pruning's own tests", tp_tests.report(tp_checkout, kept)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

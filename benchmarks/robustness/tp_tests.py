@@ -1,10 +1,97 @@
-"""Torch-Pruning's own tests, as they are and with PRO in place of its magnitude criterion."""
+"""Torch-Pruning's own tests, as they are and with PRO in place of its magnitude criteria, side by side."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
+from benchmarks.errors import UsageError
+from benchmarks.robustness import tp_plugin
 
-def report(checkout: Path) -> str:
-    """Run both and compare, in Markdown."""
-    raise NotImplementedError(checkout)
+ROOT = Path(__file__).parents[2]
+
+
+def report(checkout: Path, kept: Path | None = None) -> str:
+    """Run both and compare, in Markdown.
+
+    Args:
+        checkout: of VainF/Torch-Pruning.
+        kept: folder for the results, which are taken from there if they are there.
+
+    Raises:
+        UsageError: there are no tests in ``checkout``.
+    """
+    if not (checkout / "tests").is_dir():
+        raise UsageError(f"{checkout} has no folder tests; give a checkout of VainF/Torch-Pruning")
+    plain, pro = (results(checkout, with_pro, kept) for with_pro in (False, True))
+    files = sorted({name.partition("::")[0] for name in (*plain, *pro)})
+    rows = ["| file | as it is | with PRO |", "| --- | --- | --- |"]
+    rows += [f"| {file} | {_counts(plain, file)} | {_counts(pro, file)} |" for file in files]
+    ours = [
+        name for name, (verdict, _) in pro.items() if verdict == "failed" and plain.get(name, ("",))[0] != "failed"
+    ]
+    theirs = [f"* {name}: {why}" for name, (verdict, why) in plain.items() if verdict == "failed"]
+    told = [f"* {name}: {pro[name][1]}" for name in ours]
+    head = f"{len(plain)} tests in {len(files)} files; {len(ours)} fail with PRO alone, {len(theirs)} as they are."
+    parts = [head, "\n".join(rows), "With PRO alone:" if told else "", "\n".join(told)]
+    parts += ["As they are:" if theirs else "", "\n".join(theirs)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def results(checkout: Path, with_pro: bool, kept: Path | None = None) -> dict[str, tuple[str, str]]:
+    """``{file::test: (passed | failed | skipped, reason)}``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = (kept or Path(folder)).absolute() / f"{'pro' if with_pro else 'plain'}.xml"
+        if not path.exists():
+            _run(checkout, with_pro, path)
+        cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+    return {f"{case.get('file') or _module(case)}::{case.get('name')}": _verdict(case) for case in cases}
+
+
+def _run(checkout: Path, with_pro: bool, path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        tp_plugin.WITH_PRO: "1" * with_pro,
+    }
+    options = ["-p", tp_plugin.__name__, "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests",
+        *options,
+        f"--junitxml={path}",
+        "-o",
+        "junit_family=xunit1",
+    ]
+    subprocess.run(command, cwd=checkout, env=environment, check=False, stdout=sys.stderr)
+
+
+def _module(case: ElementTree.Element) -> str:
+    return (case.get("classname") or case.get("name") or "").replace(".", "/") + ".py"
+
+
+def _verdict(case: ElementTree.Element) -> tuple[str, str]:
+    for tag, verdict in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+        found = case.find(tag)
+        if found is not None:
+            lines = [line for line in (found.text or "").splitlines() if line.startswith("E  ")]
+            why = lines[-1][1:].strip() if lines else (found.get("message") or "").strip()
+            return verdict, why[:160].replace("|", "\\|")
+    return "passed", ""
+
+
+def _counts(found: dict[str, tuple[str, str]], file: str) -> str:
+    counts = Counter(verdict for name, (verdict, _) in found.items() if name.partition("::")[0] == file)
+    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+
+
+if __name__ == "__main__":
+    print(report(Path(sys.argv[1]), *map(Path, sys.argv[2:])))
