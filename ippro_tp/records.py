@@ -47,6 +47,7 @@ class GroupRecord:
         members: name of each item's layer in the group's order, ``""`` for operations; empty if not known.
         tied: ``(width,)`` int64, the first of the positions that only go together with each one, as the halves of
             a gated linear unit do; ``None`` where every position can go alone.
+        others: layers of other kinds that read its channels, as a user's own do: their cost is all that is known.
     """
 
     key: str
@@ -56,6 +57,7 @@ class GroupRecord:
     problems: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
     tied: Tensor | None = None
+    others: tuple[Layer, ...] = ()
 
     @cached_property
     def joined(self) -> GroupRecord:
@@ -67,7 +69,12 @@ class GroupRecord:
         def at_first(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
             return tuple(replace(layer, root=tied[layer.root]) for layer in layers)
 
-        return replace(self, producers=at_first(self.producers), consumers=at_first(self.consumers))
+        return replace(
+            self,
+            producers=at_first(self.producers),
+            consumers=at_first(self.consumers),
+            others=at_first(self.others),
+        )
 
     @cached_property
     def units(self) -> int:
@@ -204,3 +211,19 @@ class Wiring:
     def site_of(self, layer: str) -> str | None:
         """Name of the activation that follows ``layer``; ``None`` means the identity at its output."""
         return next((site.name for site, _ in self.sites_of(layer)), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """MACs of one forward pass, by what they go away with.
+
+    Attributes:
+        total: of the model.
+        layers: of each layer's own calls.
+        products: of products of activations (attention), for each layer whose output channels they go over: they
+            shrink with each of these channels.
+    """
+
+    total: int = 0
+    layers: Mapping[str, int] = field(default_factory=dict)
+    products: Mapping[str, float] = field(default_factory=dict)

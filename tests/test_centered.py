@@ -83,15 +83,15 @@ def test_scores_equal_finite_differences_towards_the_mean(case, reference, power
     imp.calibrate(pruner, batches, loss_fn=F.cross_entropy, progress=False)
 
     def share(reader):
-        norm = imp._wiring.norm_of.get(reader)
+        norm = imp._observed.wiring.norm_of.get(reader)
         followed = norm is not None and isinstance(model.get_submodule(norm), nn.BatchNorm2d)
         return 1.0 if reference == "mean" else MADE_UP * followed
 
     found = 0
     for group in groups_of(pruner):
         record = read_group(group)
-        if record.key not in imp._wiring.centered:
-            expected = brute_force(model, group, x, labels, imp._wiring.norm_of, power)
+        if record.key not in imp._observed.wiring.centered:
+            expected = brute_force(model, group, x, labels, imp._observed.wiring.norm_of, power)
             torch.testing.assert_close(imp(group).double(), expected, rtol=1e-3, atol=1e-7)
             continue
         found += 1
@@ -134,7 +134,7 @@ def test_attention_is_measured_from_the_origin():
         out_channel_groups={}, num_heads={}, channel_groups={},
     )  # fmt: skip
     imp = PROImportance(reference="mean").calibrate(pruner, [torch.randn(8, 5, 6)], progress=False)
-    assert imp._wiring.centered == {"proj.out", "fc1.out"}
+    assert imp._observed.wiring.centered == {"proj.out", "fc1.out"}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_reader_that_no_gradient_reaches_adds_nothing():
         graph = tp.DependencyGraph().build_dependency(model, images[:1])
         imp = PROImportance().calibrate(graph, images.split(4), progress=False)
         group = graph.get_pruning_group(model.conv, tp.prune_conv_out_channels, list(range(6)))
-        assert imp._wiring.centered == {"conv.out"}
+        assert imp._observed.wiring.centered == {"conv.out"}
         scores.append(imp(group))
     torch.testing.assert_close(*scores)
     assert scores[0].min() > 0

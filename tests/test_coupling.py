@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ippro_tp import NotCalibratedError, PROImportance
-from ippro_tp.estimators import coupling
-from ippro_tp.estimators.coupling import Coupling, Offsets, offset_products
-from ippro_tp.estimators.depletion import depletion_factors
+from ippro_tp.estimators import coupling, ranking
+from ippro_tp.estimators.coupling import Coupling, offset_products
+from ippro_tp.estimators.ranking import COUPLING, Ranked, depletion_factors
 from ippro_tp.graph.groups import groups_of, read_group
 
 from .nets import CASES
@@ -48,8 +48,12 @@ def coupling_of(t):
     return Coupling(offset_products(t))
 
 
-def coupled_factors(scores, pairs, degree=1, unit=None, kappa=coupling.COUPLING):
-    return coupling.coupled_factors([Offsets(scores, pairs, unit)], degree, kappa)[0]
+def coupled_factors(scores, pairs, degree=1, unit=None, kappa=COUPLING):
+    return depletion_factors([Ranked(scores, unit, pairs)], degree, kappa)[0]
+
+
+def log_factors(scores, degree):
+    return depletion_factors([Ranked(scores)], degree)[0]
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
@@ -68,7 +72,7 @@ def test_lots_are_as_good_as_one_by_one(monkeypatch):
     t = offsets(300, samples=400, together=0.3)
     scores, pairs = t.square().mean(0), coupling_of(t)
     in_lots = coupled_factors(scores, pairs, degree=2)
-    monkeypatch.setattr(coupling, "ROUNDS", 300)
+    monkeypatch.setattr(ranking, "ROUNDS", 300)
     singly = coupled_factors(scores, pairs, degree=2)
     assert not torch.equal(in_lots, singly)
     ranks = torch.stack([(scores * f).argsort().argsort() for f in (in_lots, singly)]).double()
@@ -82,7 +86,7 @@ def test_without_covariance_it_is_depletion(scores, degree):
     alone = Coupling(torch.zeros(1, len(scores), len(scores), dtype=torch.float64))
     for pairs, kappa in ((alone, 1.0), (coupling_of(offsets(len(scores))), 0.0)):
         factors = coupled_factors(scores, pairs, degree, kappa=kappa)
-        torch.testing.assert_close(factors, depletion_factors(scores, degree), rtol=1e-4, atol=0)
+        torch.testing.assert_close(factors, log_factors(scores, degree), rtol=1e-4, atol=0)
 
 
 @given(st.integers(0, 1000), st.floats(1e-12, 1e12))
@@ -137,13 +141,15 @@ def test_wide_groups_are_coupled_in_blocks(monkeypatch):
 def test_groups_do_not_mind_each_other(monkeypatch):
     widths = [5, 9, 5, 1, 9, 5]
     groups = [
-        Offsets(offsets(w, seed=i).abs().mean(0), coupling_of(offsets(w, seed=i))) for i, w in enumerate(widths)
+        Ranked(offsets(w, seed=i).abs().mean(0), None, coupling_of(offsets(w, seed=i)))
+        for i, w in enumerate(widths)
     ]
-    groups.append(Offsets(groups[1].scores, groups[1].coupling, torch.arange(9) % 3))
-    alone = [coupling.coupled_factors([group])[0] for group in groups]
+    groups.append(Ranked(groups[1].scores, torch.arange(9) % 3, groups[1].coupling))
+    groups.append(Ranked(groups[1].scores))
+    alone = [depletion_factors([group])[0] for group in groups]
     for most in (1 << 25, 60):
-        monkeypatch.setattr(coupling, "AT_ONCE", most)
-        for one, own in zip(coupling.coupled_factors(groups), alone, strict=True):
+        monkeypatch.setattr(ranking, "AT_ONCE", most)
+        for one, own in zip(depletion_factors(groups), alone, strict=True):
             assert torch.equal(one, own)
     assert len({len(own.unique()) for own in alone}) > 2
 
@@ -209,16 +215,16 @@ def test_scores_in_a_global_ranking_are_those_of_channels_removed_together(name,
     moved = 0.0
     for group in groups_of(pruner):
         record = read_group(group)
-        tapped = [layer for layer in record.producers if layer.name not in default._wiring.norm_of]
+        tapped = [layer for layer in record.producers if layer.name not in default._observed.wiring.norm_of]
         each = [joint_offset(model, record, x, labels, tapped, channel) for channel in range(record.width)]
         pairs = coupling_of(torch.stack(each, 1))
         torch.testing.assert_close(
             default.coupling(group).correlation.double(), pairs.correlation, rtol=1e-3, atol=1e-4
         )
-        scores, cost = plain(group), default._relative_cost(record, model) / plain._relative_cost(record, model)
-        wanted = scores * coupled_factors(scores, pairs, degree=power) / cost
+        scores = plain(group)  # divided by the same cost
+        wanted = scores * coupled_factors(scores, pairs, degree=power)
         torch.testing.assert_close(default(group).double(), wanted, rtol=1e-2, atol=0)
-        alone = scores * depletion_factors(scores, power)
+        alone = scores * log_factors(scores, power)
         moved = max(moved, float((default(group) / alone).log().abs().max()))
     assert moved > 0.1
     assert {plain.coupling(group) for group in groups_of(pruner)} == {None}

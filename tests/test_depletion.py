@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ippro_tp import PROImportance
-from ippro_tp.estimators.depletion import depletion_factors
+from ippro_tp.estimators import ranking
+from ippro_tp.estimators.ranking import Ranked
 from ippro_tp.graph.groups import groups_of, read_group
 
 from .nets import CASES
@@ -17,10 +18,15 @@ from .nets import CASES
 SCORES = st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=12)
 
 
+def depletion_factors(scores, degree=1, unit=None):
+    return ranking.depletion_factors([Ranked(scores, unit)], degree)[0]
+
+
 def emptied(losses):
-    """How many times its own loss each channel adds to -Q ln(R/Q), to first order, when those below have gone."""
-    left = [sum(other for other in losses if other >= loss) for loss in losses]
-    return [sum(losses) / rest if rest else 1.0 for rest in left]
+    """How many times its own loss each channel adds to -Q ln(R/Q), to first order, when those before have gone."""
+    order = sorted(range(len(losses)), key=losses.__getitem__)
+    left = {channel: sum(losses[other] for other in order[place:]) for place, channel in enumerate(order)}
+    return [sum(losses) / left[channel] if left[channel] else 1.0 for channel in range(len(losses))]
 
 
 @given(SCORES, st.sampled_from([1, 2]))
@@ -35,7 +41,7 @@ def test_the_order_stays_and_scale_does_not_matter(scores, scale):
     scores = torch.tensor(scores, dtype=torch.float64)
     factors = depletion_factors(scores)
     assert (factors >= 1).all()
-    assert (factors[scores.argsort()].diff() >= 0).all()
+    assert (factors[scores.argsort(stable=True)].diff() >= 0).all()
     torch.testing.assert_close(depletion_factors(scores * scale), factors)
 
 

@@ -894,5 +894,5 @@ def test_scores_outside_a_step_are_plain():
     _, imp, pruner = _one_group_lowest(max_pruning_ratio=0.8)
     for group in groups_of(pruner):
         record, _ = imp._lookup(group)
-        plain = imp._comparable(record, pruner.DG)
+        plain = imp._ranked(record, pruner.DG)
         assert torch.equal(imp(group), plain)

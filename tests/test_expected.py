@@ -57,7 +57,7 @@ def test_scores_equal_finite_differences_of_joint_scaling(case, power):
     groups = list(groups_of(pruner))
     assert groups
     for group in groups:
-        expected = brute_force(model, group, x, labels, imp._wiring.norm_of, power)
+        expected = brute_force(model, group, x, labels, imp._observed.wiring.norm_of, power)
         assert expected.max() > 0
         torch.testing.assert_close(imp(group).double(), expected, rtol=1e-3, atol=1e-6 * expected.max().item())
 

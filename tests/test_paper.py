@@ -9,8 +9,10 @@ import torchvision
 from torch import nn
 
 from ippro_tp import PROImportance
-from ippro_tp.estimators.projective import pro_score
+from ippro_tp.estimators import paper
+from ippro_tp.estimators.projective import pro_excess, pro_score
 from ippro_tp.graph.groups import groups_of, read_group
+from ippro_tp.records import Layer
 from ippro_tp.tracing.extension import LiteralExtension
 
 from .nets import CASES, make_pruner
@@ -84,7 +86,7 @@ def algorithm_1(model, batches, lam, sites, targets):
 
 
 def check(model, x, labels, ignored, sites, lam=0.1, target="conv", targets=None):
-    """Compare every group, coupled ones by the mean of tan^2 - 1 over their layers."""
+    """Compare every group, coupled ones by the mean of Eq. 4 over their layers."""
     batches = list(zip(x.split(2), labels.split(2), strict=True))
     targets = targets or {name: ["weight"] for name in sites}
     expected = algorithm_1(model, batches, lam, sites, targets)
@@ -97,12 +99,12 @@ def check(model, x, labels, ignored, sites, lam=0.1, target="conv", targets=None
         assert layers, f"no expectation for {read_group(group).key}"
         total = torch.zeros(len(group[0].idxs), dtype=torch.float64)
         for layer in layers:
-            total[layer.root] += expected[layer.name][layer.index] ** 2 - 1
+            total[layer.root] += expected[layer.name][layer.index]
             compared.add(layer.name)
-        tangent = (total / len(layers) + 1).sqrt()
+        tangent = total / len(layers)
         torch.testing.assert_close((imp(group).double() + 1).sqrt(), tangent, rtol=1e-5, atol=0)
         # float32 scores keep the *excess*: it agrees to float32 precision where the tangent alone would not.
-        torch.testing.assert_close(imp(group).double(), total / len(layers), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(imp(group).double(), tangent**2 - 1, rtol=1e-5, atol=1e-9)
     assert compared == set(expected)
 
 
@@ -215,6 +217,37 @@ def test_joint_reduction_treats_coupled_filters_as_one_point():
     torch.testing.assert_close(imp(stream).double(), expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("lam", [1e-6, 0.05, 3.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "max", "prod", "first"])
+def test_reductions_over_layers_order_as_those_of_eq_4(reduction, lam):
+    """Tangents far from 1 too: means of squares would order otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    filters, grads = torch.randn(2, 3, 40, 6, dtype=torch.float64, generator=generator)
+    d = torch.randn(3, 40, dtype=torch.float64, generator=generator)
+    tangents = torch.stack([pro_score(f, g, o, lam) for f, g, o in zip(filters, grads, d, strict=True)])
+    wanted = {
+        "mean": tangents.mean(0), "sum": tangents.sum(0), "max": tangents.amax(0), "prod": tangents.prod(0),
+        "first": tangents[0],
+    }[reduction]  # fmt: skip
+    excess = [
+        pro_excess(f.norm(dim=1), (f * g).sum(1), g.norm(dim=1), o, lam)
+        for f, g, o in zip(filters, grads, d, strict=True)
+    ]
+    layers = [Layer(str(i), torch.arange(40), torch.arange(40), 40) for i in range(3)]
+    found = paper._reduce_tangents(excess, layers, 40, reduction)
+    common = {"sum": 3.0}.get(reduction, 1.0)  # what is left out of a sum
+    reduced = torch.where(found > -1, (found + 1).clamp_min(0).sqrt() - 1, found)
+    torch.testing.assert_close(reduced, wanted - common, rtol=1e-6, atol=1e-12)
+    assert torch.equal(found.argsort(), wanted.argsort())
+
+
+def test_a_channel_that_fewer_layers_have_counts_less():
+    one, two = torch.tensor([0.3, 0.1]), torch.tensor([0.2])
+    layers = [Layer("a", torch.arange(2), torch.arange(2), 2), Layer("b", torch.arange(1), torch.arange(1), 1)]
+    found = paper._reduce_tangents([one**2 + 2 * one, two**2 + 2 * two], layers, 2, "sum")
+    assert ((found + 1).sqrt() - 1).tolist() == pytest.approx([0.5, 0.1 - 1.0])
+
+
 def test_tiny_steps_rank_in_float32_as_in_float64():
     case = CASES["residual"]
     orders = []
@@ -269,7 +302,7 @@ def test_an_activation_written_as_a_product_is_one_activation(form, estimator):
     scores, sites = [], []
     for act in (builtin, written):
         model = Net(act).double().eval()
-        imp = PROImportance(estimator, 0.1) if estimator == "paper" else PROImportance(cost=None)
+        imp = PROImportance(estimator, step_size=0.1) if estimator == "paper" else PROImportance(cost=None)
         pruner = make_pruner(model, torch.randn(1, 3, 8, 8, dtype=torch.float64), imp, [model.fc])
         x, labels = data(size=8, classes=4)
         imp.calibrate(pruner, [(x, labels)], progress=False)

@@ -760,10 +760,10 @@ def test_the_pruner_is_not_kept_alive():
     pruner = make_pruner(model, x[:1], tp.importance.RandomImportance())
     imp.calibrate(pruner, [x], progress=False)
     graph = pruner.DG
-    assert imp._bound_to(graph) is pruner
+    assert imp._pruner_of(graph) is pruner
     del pruner
     gc.collect()
-    assert imp._bound_to(graph) is None
+    assert imp._pruner_of(graph) is None
 
 
 # -- maths -----------------------------------------------------------------------------------------------------

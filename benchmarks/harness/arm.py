@@ -181,7 +181,7 @@ class ArmRunner:
         prediction = Prediction(copy.deepcopy(self.task.model), self.batches(cell.seed), self.settings.device)
 
         def scaled(logs: torch.Tensor) -> FrozenScores:
-            return scores.divided_by(dict(zip(groups, (-logs).exp().tolist(), strict=True)), 1.0)
+            return scores.ranked(1, costs=dict(zip(groups, (-logs).exp().tolist(), strict=True)), exponent=1.0)
 
         def distance(logs: torch.Tensor) -> tuple[float, float]:
             found, _, pruned = self._search(cell, scaled(logs), {}, stagger=False)

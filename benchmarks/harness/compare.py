@@ -18,7 +18,7 @@ from benchmarks.harness.arm import ArmRunner, Settings
 from benchmarks.harness.cells import UNPRUNED, Cell, as_dict, read_finished, write_json
 from benchmarks.harness.finetune import Recipe
 from benchmarks.harness.prune import PruneConfig
-from benchmarks.harness.scores import coupling_of
+from benchmarks.harness.scores import kappa_of
 from benchmarks.models.checkpoints import fingerprint
 from benchmarks.tasks import Task, TaskConfig, build_task, defaults_of
 
@@ -42,7 +42,7 @@ class CompareConfig(TaskConfig):
     cost: tuple[Literal["none", "macs", "params"], ...] = ()
     """Divide each group's scores by what its channels cost (global scope only: locally it changes nothing)."""
     depletion: tuple[str, ...] = ()
-    """none; log: scores rise as their group is emptied (``estimators.depletion``; global scope only, and not for
+    """none; log: scores rise as their group is emptied (``estimators.ranking``; global scope only, and not for
     scores with a sign); coupled: besides, by how channels go together (``estimators.coupling``), for arms that
     know it; coupled0.5: by another kappa than the package's."""
     cost_exponent: float | None = None
@@ -139,7 +139,7 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
                 arm = find_criterion(name)
                 ranked = scope == "global" and not arm.signed
                 depletions = (config.depletion or defaults.depletions) if ranked else ("none",)
-                depletions = tuple(how for how in depletions if coupling_of(how) is None or arm.coupled)
+                depletions = tuple(how for how in depletions if not kappa_of(how) or arm.coupled)
                 cells += [
                     Cell(name, cost, scope, target, seed, compensation, schedule, widths, depletion)
                     for cost in costs

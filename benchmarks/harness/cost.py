@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.prune import build_pruner
 from benchmarks.harness.scores import GroupKey, group_key, prunable_groups
+from ippro_tp.calibration.work import measure_work
 from ippro_tp.graph.cost import group_cost as record_cost
-from ippro_tp.graph.cost import watch_positions
 from ippro_tp.graph.groups import read_group
 
 
@@ -38,14 +37,7 @@ def group_cost(pruner, example: Tensor, unit: str = "macs") -> dict[GroupKey, fl
     """
     groups = list(prunable_groups(pruner))
     records = [read_group(group) for group in groups]
-    names = [layer.name for record in records for layer in (*record.producers, *record.consumers)]
-    positions: dict[str, int] = {}
-    hooks = watch_positions(pruner.model, names, positions, batch=lambda: len(example))
-    try:
-        with torch.no_grad():
-            pruner.model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    costs = (record_cost(record, pruner.model, positions, unit) for record in records)
+    layers = {layer.name for r in records for layer in (*r.producers, *r.consumers, *r.others)}
+    work = measure_work(pruner.model, (example,), {}, layers)
+    costs = (record_cost(record, pruner.model, work, unit) for record in records)
     return {group_key(group): cost for group, cost in zip(groups, costs, strict=True)}

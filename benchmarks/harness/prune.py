@@ -16,6 +16,7 @@ from benchmarks.harness.scores import GroupKey, prunable_groups
 from ippro_tp import Compensation, attention_heads, update_attention
 from ippro_tp.calibration.losses import main_output
 from ippro_tp.compensation.step import CompensationReport
+from ippro_tp.pruning.counter import count
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -96,8 +97,9 @@ def apply(pruner: tp.pruner.BasePruner, compensation: Compensation | None = None
 
 
 def size(model: nn.Module, example: Tensor) -> tuple[float, float]:
-    """Return MACs and parameters as Torch-Pruning counts them."""
-    return tp.utils.count_ops_and_params(model, example)
+    """Return MACs and parameters, as the package counts them."""
+    counts = count(model, example)
+    return counts.macs, counts.params
 
 
 def widths(model: nn.Module) -> dict[str, int]:

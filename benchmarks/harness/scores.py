@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.errors import UsageError
 from ippro_tp import PROImportance
-from ippro_tp.estimators.coupling import COUPLING, Coupling, Offsets, coupled_factors
-from ippro_tp.estimators.depletion import depletion_factors
+from ippro_tp.estimators.coupling import Coupling
+from ippro_tp.estimators.ranking import COUPLING, Ranked, rank
 from ippro_tp.graph.groups import groups_of, read_group
 from ippro_tp.graph.units import units_of
 
@@ -38,16 +38,14 @@ def prunable_groups(pruner) -> Iterator:
     yield from groups_of(pruner)
 
 
-def coupling_of(depletion: str) -> float | None:
-    """Return the kappa of a kind of depletion: None for ``none`` and ``log``.
+def kappa_of(depletion: str) -> float | None:
+    """Return how much of the covariance a kind of depletion counts: 0 for ``log``, None for ``none``.
 
     Raises:
         UsageError: There is no such kind.
     """
-    if depletion in ("none", "log"):
-        return None
-    if depletion == "coupled":
-        return COUPLING
+    if depletion in ("none", "log", "coupled"):
+        return {"none": None, "log": 0.0, "coupled": COUPLING}[depletion]
     try:
         kappa = float(depletion.removeprefix("coupled"))
     except ValueError:
@@ -93,40 +91,6 @@ class FrozenScores(tp.importance.Importance):
             )
         return scores
 
-    def divided_by(self, costs: dict[GroupKey, float], exponent: float) -> FrozenScores:
-        """Return the scores of each group divided by ``(cost per channel / mean cost) ** exponent``."""
-        mean = sum(costs.values()) / len(costs)
-        scaled = {k: None if s is None else s / (costs[k] / mean) ** exponent for k, s in self.scores.items()}
-        return replace(self, scores=scaled, live=None)
-
-    def depleted(self, degree: float, kappa: float | None = None) -> FrozenScores:
-        """Return scores that rise as others of their group go, as ``estimators.depletion`` has it.
-
-        Args:
-            degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
-            kappa: How much the covariance of channels counts, as ``estimators.coupling`` has it; None: not at all.
-
-        Raises:
-            ArithmeticError: A score is negative, or how channels go together is not known.
-        """
-        ranked = {key: scores for key, scores in self.scores.items() if scores is not None}
-        for key, scores in ranked.items():
-            if bool((scores < 0).any()):
-                raise ArithmeticError(
-                    f"{self.source}: scores of {key[0]!r} are negative: depletion is not for them"
-                )
-            if kappa is not None and key not in self.couplings and bool(scores.any()):
-                raise ArithmeticError(f"{self.source}: how the channels of {key[0]!r} go together is not known")
-        coupled = {} if kappa is None else {k: c for k, c in self.couplings.items() if k in ranked}
-        factors = {
-            k: depletion_factors(s, degree, self.units.get(k)) for k, s in ranked.items() if k not in coupled
-        }
-        if coupled:
-            groups = [Offsets(ranked[k], c, self.units.get(k)) for k, c in coupled.items()]
-            factors |= zip(coupled, coupled_factors(groups, degree, kappa), strict=True)
-        scaled = {k: None if s is None else (s * factors[k]).float() for k, s in self.scores.items()}
-        return replace(self, scores=scaled, live=None)
-
     def ranked(
         self,
         degree: float,
@@ -134,16 +98,34 @@ class FrozenScores(tp.importance.Importance):
         costs: dict[GroupKey, float] | None = None,
         exponent: float | None = None,
     ) -> FrozenScores:
-        """Return what a ranking over all groups compares: scores with depletion, divided by their cost.
+        """Return what a ranking over all groups compares, as ``estimators.ranking`` has it.
 
         Args:
             degree: 1 if the scores behave like ``|t|``, 2 if like ``t^2``.
             depletion: ``"none"``, ``"log"``, ``"coupled"``, or ``"coupled0.5"`` with another kappa.
             costs: Of a channel of each group; None for no cost term.
             exponent: Of the costs; by default that of the quadratic model of the loss, ``degree / 2``.
+
+        Raises:
+            ArithmeticError: A score is negative, or how channels go together is not known.
         """
-        scores = self if depletion == "none" else self.depleted(degree, coupling_of(depletion))
-        return scores if costs is None else scores.divided_by(costs, degree / 2 if exponent is None else exponent)
+        kappa = kappa_of(depletion)
+        ranked = {key: scores for key, scores in self.scores.items() if scores is not None}
+        mean = sum(costs.values()) / len(costs) if costs else 1.0
+        for key, scores in ranked.items():
+            if kappa is not None and bool((scores < 0).any()):
+                raise ArithmeticError(
+                    f"{self.source}: scores of {key[0]!r} are negative: depletion is not for them"
+                )
+            if kappa and key not in self.couplings and bool(scores.any()):
+                raise ArithmeticError(f"{self.source}: how the channels of {key[0]!r} go together is not known")
+        groups = [
+            Ranked(scores, self.units.get(key), self.couplings.get(key), costs[key] / mean if costs else 1.0)
+            for key, scores in ranked.items()
+        ]
+        compared = rank(groups, degree=degree, kappa=kappa, cost_exponent=exponent)
+        scores = self.scores | dict(zip(ranked, compared, strict=True))
+        return replace(self, scores=scores, live=None)
 
     def for_scope(self, scope: str) -> Any:
         """Return what a pruner of that scope should ask: this object, or the importance it was made from."""

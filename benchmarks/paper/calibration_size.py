@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmarks.errors import UsageError
 from benchmarks.harness.cost import network_cost
 from benchmarks.harness.figures import COLOURS, HIGHLIGHT
-from benchmarks.harness.scores import coupling_of
+from benchmarks.harness.scores import kappa_of
 from benchmarks.harness.tables import github_table, spread
 from benchmarks.paper.accuracies import Accuracies
 from benchmarks.paper.rows import AnalysisConfig, Rows
@@ -60,7 +60,7 @@ def run(config: CalibrationSizeConfig) -> None:
     for name in config.criteria:
         if name not in ESTIMATORS:
             raise UsageError(f"--criteria {name!r} is not known here; known: {', '.join(ESTIMATORS)}")
-    coupling_of(config.depletion)  # is it known at all?
+    kappa_of(config.depletion)  # is it known at all?
     task = build_task(config)
     tests = max(config.test_images or defaults_of(config.task).test_images, 0)
     common = {"test_images": tests, "bn_images": config.bn_images, "step_size": config.step_size}

@@ -155,7 +155,7 @@ def projective_terms(importance: PROImportance, model: nn.Module) -> dict[str, T
     """
     reader = _Terms(importance.step_size, importance.target)
     for record in importance._records.values():
-        reader.scores(importance._sums, record, importance._wiring, "joint", model)
+        reader.scores(importance._sums, record, importance._observed.wiring, "joint", model)
     return reader.terms
 
 

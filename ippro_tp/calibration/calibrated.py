@@ -53,10 +53,9 @@ class Calibrated(abc.ABC):
     def __init__(self) -> None:
         self._sums: Sums | None = None
         self._records: dict[str, GroupRecord] = {}
-        self._ranks_globally = False  # whether the pruner that was calibrated compares layers with each other
         self._model: weakref.ref[nn.Module] | None = None
         self._weights: dict[str, weakref.ref[Tensor]] = {}
-        self._cache: dict[str, Tensor] = {}
+        self._cache: dict[str, Any] = {}
         self._notes: tuple[str, ...] = ()  # what the report has to say about the calibration
 
     # -- to be filled in by a criterion ------------------------------------------------------------------------
@@ -132,7 +131,6 @@ class Calibrated(abc.ABC):
                 )
         _check_same_groups(records)
         all_reduce(observation.sums)
-        self._ranks_globally = bool(getattr(target, "global_pruning", False))
         self._commit(observation)
         if several():  # what the first batch showed may differ between ranks; scores must not
             self._load_extra_state(gather(self._extra_state())[0])
@@ -249,7 +247,6 @@ class Calibrated(abc.ABC):
             raise NotCalibratedError(self._how_to_calibrate())
         return {
             "settings": self._settings(),
-            "ranks_globally": self._ranks_globally,
             "sums": self._sums.state_dict(),
             "groups": [_pack_record(record) for record in self._records.values()],
             "extra": self._extra_state(),
@@ -274,7 +271,6 @@ class Calibrated(abc.ABC):
             loaded._sums = Sums({name: value.clone() for name, value in state["sums"].items()})
             records = [_unpack_record(packed) for packed in state["groups"]]
             loaded._records = {record.key: record for record in records}
-            loaded._ranks_globally = bool(state["ranks_globally"])
             loaded._load_extra_state(state["extra"])
             loaded._notes = tuple(state.get("notes", ()))
         except (KeyError, TypeError, AttributeError) as error:
@@ -431,6 +427,7 @@ def _pack_record(record: GroupRecord) -> dict[str, Any]:
         "problems": list(record.problems),
         "members": list(record.members),
         "tied": record.tied,
+        "others": pack(record.others),
     }
 
 
@@ -443,4 +440,5 @@ def _unpack_record(packed: Mapping[str, Any]) -> GroupRecord:
         tuple(packed["problems"]),
         tuple(packed.get("members", ())),
         packed.get("tied"),
+        tuple(Layer(**x) for x in packed.get("others", ())),
     )

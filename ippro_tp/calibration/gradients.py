@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import NEVER_CALLED, ObservationError
 from ..estimators.base import Estimator
 from ..estimators.sums import Sums
-from ..graph.cost import watch_positions
-from ..records import GroupRecord, Pass, Wiring
+from ..records import GroupRecord, Pass, Wiring, Work
 from ..tracing.forward import Plan
 from ..tracing.observer import Observer
 from .processes import reducing
@@ -43,7 +42,7 @@ class GradientObservation:
         self.notes: tuple[str, ...] = ()
         self._model, self._groups, self._estimator = model, groups, estimator
         self._records: Sequence[GroupRecord] = ()
-        self.positions: dict[str, int] = {}
+        self.work: Work | None = None  # for whoever counts it
         self._handles: list[RemovableHandle] = []
         self._ask_scale, self._scale = loss_scale, 1.0
         self._grads = Sums()  # of weights, since the last passes were counted
@@ -188,10 +187,6 @@ class GradientObservation:
             )
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
-        layers = (layer.name for r in self._records for layer in (*r.producers, *r.consumers))
-        self._handles += watch_positions(
-            self._model, layers, self.positions, lambda: self._observer.batch if self._observer.passes == 0 else 0
-        )
         for name, parameter in trained.items():
             parameter.requires_grad_(True)
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take_grad(name)))

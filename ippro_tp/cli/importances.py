@@ -26,14 +26,14 @@ class Named:
     """
 
     name: str
-    make: Callable[[int, str | None, str | None], Any]
+    make: Callable[[int, Any, Any], Any]
     loss: Callable[[int], LossFn] | None = None
     labels: bool = False
     priced: bool = False
 
 
-def _pro(**options: Any) -> Callable[[int, str | None, str | None], Any]:
-    def make(seed: int, cost: str | None, depletion: str | None) -> Any:
+def _pro(**options: Any) -> Callable[[int, Any, Any], Any]:
+    def make(seed: int, cost: Any, depletion: Any) -> Any:
         from ..importance.pro import PROImportance
 
         return PROImportance(seed=seed, cost=cost, depletion=depletion, **options)
@@ -41,8 +41,8 @@ def _pro(**options: Any) -> Callable[[int, str | None, str | None], Any]:
     return make
 
 
-def _paper(step_size: float, target: str) -> Callable[[int, str | None, str | None], Any]:
-    def make(seed: int, cost: str | None, depletion: str | None) -> Any:
+def _paper(step_size: float, target: Any) -> Callable[[int, Any, Any], Any]:
+    def make(seed: int, cost: Any, depletion: Any) -> Any:
         from ..importance.pro import PROImportance
 
         return PROImportance(estimator="paper", step_size=step_size, target=target)
@@ -50,14 +50,14 @@ def _paper(step_size: float, target: str) -> Callable[[int, str | None, str | No
     return make
 
 
-def _spasp(seed: int, cost: str | None, depletion: str | None) -> Any:
+def _spasp(seed: int, cost: Any, depletion: Any) -> Any:
     from ..importance.spasp import SpaSPImportance
 
     return SpaSPImportance()
 
 
-def _torch_pruning(name: str, **options: Any) -> Callable[[int, str | None, str | None], Any]:
-    def make(seed: int, cost: str | None, depletion: str | None) -> Any:
+def _torch_pruning(name: str, **options: Any) -> Callable[[int, Any, Any], Any]:
+    def make(seed: int, cost: Any, depletion: Any) -> Any:
         import torch_pruning as tp
 
         return getattr(tp.importance, name)(**options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..layers import CHANNEL_NORMS
 from ..records import GroupRecord, Layer, Pass, Wiring
 from .base import reduce_layers
-from .projective import pro_excess
+from .projective import SCORE_LIMIT, pro_excess
 from .sums import Sums
 
 
@@ -63,7 +63,11 @@ class PaperEstimator:
         return tuple(layer for name, layer in by_name.items() if name not in norms)
 
     def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
-        r""":math:`\tan^2\theta' - 1`: the order of Eq. 4 without its rounding (see :func:`pro_excess`)."""
+        r"""The order of Eq. 4 without its rounding near 1.
+
+        That is :math:`\tan^2\theta' - 1` (see :func:`pro_excess`) of the coupled filters as one point or, with
+        other reductions than "joint", of the reduced :math:`\tan\theta'` of the layers.
+        """
         layers = [
             p
             for p in self.layers(record, wiring)
@@ -77,7 +81,10 @@ class PaperEstimator:
             for (square, dot, grad), layer in zip(parts, layers, strict=True):
                 offset = self._layer_offset(sums, wiring, layer)
                 scores.append(pro_excess(square.sqrt(), dot, grad.sqrt(), offset, self._step_size))
-            return reduce_layers(scores, layers, record.width, reduction)
+            if self._step_size == 0:  # in the limit a product is the sum of its logarithms
+                reduction = "sum" if reduction == "prod" else reduction
+                return reduce_layers(scores, layers, record.width, reduction)
+            return _reduce_tangents(scores, layers, record.width, reduction)
         square, dot, grad = (
             reduce_layers([part[i] for part in parts], layers, record.width, "sum") for i in range(3)
         )
@@ -129,6 +136,28 @@ class PaperEstimator:
                     total = part if total is None else total + part
         assert total is not None
         return total
+
+
+def _reduce_tangents(excess: Sequence[Tensor], layers: Sequence[Layer], width: int, reduction: str) -> Tensor:
+    r"""Reduce :math:`\tan\theta'` over layers: :math:`\tan^2\theta' - 1` of each in, that of the result out.
+
+    What is reduced is :math:`\tan - 1 = s / (1 + \sqrt{1 + s})`, which keeps the digits of s.
+    """
+    less = [s / (1 + (1 + s).clamp_min(0).sqrt()) for s in excess]
+    if reduction == "prod":
+        reduced = reduce_layers([x.log1p() for x in less], layers, width, "sum").expm1()
+    else:
+        reduced = reduce_layers(less, layers, width, reduction)
+    if reduction in (
+        "sum",
+        "mean",
+        "first",
+    ):  # a position that fewer layers have lacks a tangent of about 1 for each
+        counted = layers[:1] if reduction == "first" else layers
+        counts = reduce_layers([torch.ones_like(x) for x in less[: len(counted)]], counted, width, "sum")
+        reduced = reduced + (counts - counts.max()) / (len(less) if reduction == "mean" else 1)
+    # The square, less one; below any tangent it goes on without a turn.
+    return torch.where(reduced > -1, reduced * (2 + reduced), reduced).clamp(-SCORE_LIMIT, SCORE_LIMIT)
 
 
 def _site_parts(

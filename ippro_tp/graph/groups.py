@@ -152,6 +152,7 @@ def read_group(group: Any) -> GroupRecord:
     root_idxs = list(group[0][1])
     producers: dict[str, Layer] = {}
     consumers: dict[str, Layer] = {}
+    others: dict[str, Layer] = {}
     problems: list[str] = []
     for item in group:
         dep, idxs = item
@@ -165,7 +166,8 @@ def read_group(group: Any) -> GroupRecord:
             out and not isinstance(module, NOT_PRODUCERS) and (not elementwise or isinstance(module, WRITERS))
         )
         consumes = not out and isinstance(module, (_ConvNd, nn.Linear))
-        if not produces and not consumes:
+        reads = not out and not consumes and not isinstance(module, NOT_PRODUCERS)
+        if not produces and not consumes and not reads:
             continue
         name = graph._module2name[module]
         channels = (graph.get_out_channels if out else graph.get_in_channels)(module)
@@ -174,7 +176,8 @@ def read_group(group: Any) -> GroupRecord:
             continue
         kept, position = _positions(roots, root_idxs)
         index = index_tensor(idxs) if kept is None else index_tensor(idxs)[kept]
-        (producers if produces else consumers).setdefault(name, Layer(name, index, position, channels))
+        side = producers if produces else consumers if consumes else others
+        side.setdefault(name, Layer(name, index, position, channels))
     return GroupRecord(
         group_key(group),
         len(root_idxs),
@@ -183,6 +186,7 @@ def read_group(group: Any) -> GroupRecord:
         tuple(problems),
         _members(group),
         _tied(group) if not problems else None,  # where indices cannot be right, nor can what they meet
+        tuple(others.values()),
     )
 
 

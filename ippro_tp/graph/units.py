@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,60 +26,6 @@ class Ties:
     unit: Tensor
     units: int
     kept: int | None
-
-
-def ranks_everything(pruner: Any) -> bool:
-    """Whether a pruner ranks all of its groups against each other, under one ratio."""
-    return bool(pruner.global_pruning and not pruner.isomorphic and not pruner.pruning_ratio_dict)
-
-
-def raise_the_best(
-    pruner: Any, records: Mapping[str, GroupRecord], scores: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Other scores for groups that a global step would leave whole because *all* of their channels rank lowest.
-
-    Torch-Pruning never removes a whole group: it skips one of which it would. Where the pruner has a
-    ``max_pruning_ratio`` below 1, the best channels are raised above what is removed, so that the others go.
-    Without one a single channel would be left: there is a warning instead. Heads, and channels that are ranked by
-    convolution groups, are left alone.
-
-    Args:
-        pruner: for which :func:`ranks_everything`; inside its step, or before.
-        records: the groups.
-        scores: ``(width,)`` of each, on the CPU.
-    """
-    ratio = pruner.per_step_pruning_ratio[min(pruner.current_step, pruner.iterative_steps)]
-    ranked = torch.cat(list(scores.values())).sort().values
-    removed = len(ranked) - int(pruner._scope_initial_channels.get("DEFAULT_SCOPE", len(ranked)) * (1 - ratio))
-    above = ranked[ranked > ranked[removed - 1]] if 0 < removed < len(ranked) else ranked[:0]
-    whole = [key for key in scores if len(above) and bool((scores[key] < above[0]).all())]
-    names, heads = pruner.DG._module2name, set(pruner.num_heads)
-    heads = {names[module] for module in heads if module in names}
-    whole = [
-        key
-        for key in whole
-        if not heads & set(records[key].members) and channel_groups(records[key], pruner.DG) == 1
-    ]
-    if whole and pruner.max_pruning_ratio >= 1:
-        warnings.warn(
-            f"all channels of {len(whole)} groups ({whole[0]!r} is one) rank lowest in this step, and "
-            "Torch-Pruning leaves such groups whole. With max_pruning_ratio=0.9, say, they are pruned that far.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-        return {}
-    best: dict[str, Tensor] = {}
-    for key in whole:
-        record, first = records[key], records[key].producers[0]
-        initial = pruner.layer_init_out_ch.get(pruner.DG.model.get_submodule(first.name), first.channels)
-        kept = math.ceil((1 - pruner.max_pruning_ratio) * record.units * initial / first.channels - 1e-9)
-        unit = record.tied if record.tied is not None else torch.arange(record.width)
-        units = unit.unique()
-        top = units[scores[key][units].topk(min(max(kept, 1), len(units))).indices]
-        best[key] = torch.isin(unit, top)
-    others = sum(int(mask.sum()) for mask in best.values())  # go in their place
-    level = ranked[min(removed + others, len(ranked) - 1)]
-    return {key: torch.where(mask, level, scores[key]) for key, mask in best.items()}
 
 
 def ties_of(pruner: Any | None, group: Any, record: GroupRecord, positions: Tensor) -> list[Ties]:

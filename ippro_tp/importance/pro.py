@@ -3,78 +3,91 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..calibration.calibrated import Calibrated, LossFn
 from ..calibration.gradients import GradientObservation, loss_scale_of
 from ..calibration.losses import DefaultLoss, cross_entropy
 from ..calibration.processes import rank
+from ..calibration.work import measure_work
 from ..errors import NotCalibratedError, ObservationError
-from ..estimators.base import Estimator
-from ..estimators.centered import MADE_UP, CenteredEstimator
-from ..estimators.coupling import Coupling, Offsets, coupled_factors, offset_products
-from ..estimators.depletion import depletion_factors
-from ..estimators.expected import ExpectedEstimator
-from ..estimators.paper import PaperEstimator
-from ..graph.cost import CostFn, group_cost
-from ..graph.units import raise_the_best, ranks_everything, units_of
-from ..records import GroupRecord, Label, Site, Span, Wiring
+from ..estimators.coupling import Coupling
+from ..graph.cost import CostFn
+from ..graph.groups import group_key
+from ..graph.steps import Asked, keep_the_best, ranks_everything
+from ..graph.units import units_of
+from ..records import GroupRecord, Work
+from ..tracing.arguments import arrangements
+from . import options as choice
+from .binding import Bound
+from .estimators import estimator_of
+from .observed import Observed
+from .options import Option, Options
 from .report import GroupReport, Report
-
-ESTIMATORS = ("expected", "paper")
-REDUCTIONS = ("joint", "mean", "sum", "max", "prod", "first")
-TARGETS = ("conv", "norm")
-REFERENCES = ("auto", "origin", "mean")
-LOSS_REDUCTIONS = ("mean", "sum")
+from .scoring import Scoring
 
 
-class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
+class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignore[misc]
     r"""Importance of channels by the offset of their filters in projective space.
 
     Source: IPPRO, arXiv 2507.14171; the estimator ``"expected"`` is this package's.
 
+    The statistics, the options and the pruner that asks decide the scores, not what was calibrated: a copy, a
+    reloaded state, a second pruner, and a calibration with the pruner, its graph or the model prune the same
+    channels. Of the pruner that asks its units count (heads, convolution groups) and, for ``"auto"``, whether it
+    ranks groups against each other. It is found by itself in its ``step()``; outside, it is the one that was bound
+    (:meth:`bind`), or else like the one that was calibrated. In a step that ranks all groups against each other,
+    no group loses more than the pruner's ``max_pruning_ratio``, also one that ranks lowest as a whole.
+
     Args:
         estimator: ``"expected"``: mean over samples of :math:`|F\cdot\nabla_n|` (default).
             ``"paper"``: Eq. 4 on the accumulated gradient.
-        step_size: :math:`\lambda` of Eq. 3, for ``"paper"`` only; 0 is the limit.
+        step_size: :math:`\lambda` of Eq. 3, for ``"paper"`` only, by default 0.01; 0 is the limit.
         group_reduction: ``"joint"`` (coupled filters are one point), or, over the scores of the coupled layers,
             ``"mean"``, ``"sum"``, ``"max"``, ``"prod"``, ``"first"``.
         normalizer: ``None``, or a name or callable of ``tp.importance.GroupMagnitudeImportance``. Scores of
             ``"expected"`` are comparable across layers without.
-        target: for ``"paper"``: ``"conv"`` takes rows of convolutions as F, ``"norm"`` the (gamma, beta) of the
-            norm that follows, as the paper does in ResNets.
+        target: for ``"paper"`` only: ``"conv"`` (default) takes rows of convolutions as F, ``"norm"`` the
+            (gamma, beta) of the norm that follows, as the paper does in ResNets.
+        power: for ``"expected"`` only: 1 (default) for the mean of abs(t), 2 for the mean of t squared.
         cost: divides the scores of a group by what one of its channels costs, so that a global ranking removes
             what costs much and matters little: ``"macs"``, ``"params"``, ``None``, or a callable ``(record, model)
-            -> cost`` (a measured latency, say). ``"auto"``: ``"macs"`` for ``"expected"`` where the pruner that
-            was calibrated ranks globally, else ``None``. Within a group it changes nothing.
-        depletion: makes channels dearer as others of their group go. ``"log"``: the loss of a group grows with the
-            logarithm of what is left of it (see :mod:`estimators.depletion`); ``"coupled"``: besides, channels
-            that pull the same way cost more together, and those that make up for each other less, by a part of
-            their covariance (see :mod:`estimators.coupling`), which is gathered then, up to 1,024 numbers a
-            channel, and the order within a group changes; ``None``: each counts by itself. ``"auto"``: for
-            ``"expected"``, where the pruner that was calibrated ranks globally and there is a ``cost``,
-            ``"coupled"`` with ``group_reduction="joint"``, ``"log"`` with others; else ``None``.
+            -> cost`` (a measured latency, say). MACs are those of ``torch.utils.flop_counter``; groups without any
+            are told by their parameters, see :meth:`report`. ``"auto"``: ``"macs"`` for ``"expected"`` where the
+            pruner that asks ranks globally, else ``None``. Within a group it changes nothing.
         cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
-        power: for ``"expected"``: 1 for the mean of abs(t), 2 for the mean of t squared.
+        seed: for ``"expected"`` only: of the labels that ``calibrate`` draws when no loss is given; every rank
+            draws its own.
         reference: for ``"expected"`` with ``group_reduction="joint"``: what offsets are measured from.
             ``"origin"``: zero, which a removed channel is set to. ``"mean"``: the mean of what is read of the
-            channel (see :mod:`estimators.centered`), as if all readers were compensated after the cut. ``"auto"``:
-            near the mean where a BatchNorm follows the layer that reads the channel and takes its mean up when
-            it is re-estimated or trained, zero elsewhere.
-        seed: of the labels that ``calibrate`` draws when no loss is given; every rank draws its own.
+            channel (see :mod:`estimators.centered`), as if all readers were compensated after the cut. ``"auto"``
+            (default): near the mean where a BatchNorm follows the layer that reads the channel and takes its mean
+            up when it is re-estimated or trained, zero elsewhere.
+        depletion: makes channels dearer as others of their group go (see :mod:`estimators.ranking`). ``"log"``:
+            the loss of a group grows with the logarithm of what is left of it; ``"coupled"``: besides, channels
+            that pull the same way cost more together, and those that make up for each other less, by a part of
+            their covariance, which is gathered then, up to 1,024 numbers a channel, and the order within a group
+            changes; ``None``: each counts by itself. ``"auto"``: for ``"expected"``, where the pruner that asks
+            ranks globally and there is a ``cost``, ``"coupled"`` with ``group_reduction="joint"``, ``"log"`` with
+            others; else ``None``.
 
-    ``observe(target, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
+    ``PROImportance(cost=None, depletion=None)`` gives the estimator's scores as they are.
+
+    Options may be changed after calibration. Those that decide what is gathered (``estimator``, ``target``,
+    ``power``, ``reference``, ``group_reduction``, ``depletion="coupled"``) then ask for a new calibration.
+
+    ``observe(pruner, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
     loss that is summed over the batch: per-sample gradients of ``"expected"`` then need no factor.
     ``"paper"`` takes the gradients as they come, as ``.grad`` would.
 
-    ``observe(target, loss_scale=scaler)``, for a loop with ``scaler.scale(loss).backward()`` under fp16 autocast,
+    ``observe(pruner, loss_scale=scaler)``, for a loop with ``scaler.scale(loss).backward()`` under fp16 autocast,
     takes the scale out again and leaves out batches that overflow; a number does for a scale of your own.
     Without it, a constant scale s multiplies all scores of ``"expected"`` by s to the power of ``power``, which
     changes no order, and acts on ``"paper"`` like a larger ``step_size``. Leave ``scaler.step`` out of the loop:
@@ -85,7 +98,7 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     ``report()`` says; and the cross-entropy with the labels for ``"paper"``.
 
     Raises:
-        ValueError: an option is none of the above.
+        ValueError: an option is none of the above, does not go with another, or not with the estimator.
 
     Example:
         >>> import torch, torch_pruning as tp
@@ -94,64 +107,57 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         >>> imp = PROImportance()
         >>> pruner = tp.pruner.BasePruner(model, torch.randn(1, 3, 8, 8), importance=imp, pruning_ratio=0.5,
         ...     ignored_layers=[model[5]])
-        >>> _ = imp.calibrate(pruner, [torch.randn(4, 3, 8, 8)], progress=False)
+        >>> imp.calibrate(pruner, [torch.randn(4, 3, 8, 8)], progress=False)
+        PROImportance(): 4 samples, 2 groups
         >>> pruner.step()
         >>> model[0].out_channels, model[2].out_channels
         (4, 2)
     """
 
+    estimator = Option()
+    step_size = Option()
+    group_reduction = Option()
+    normalizer = Option()
+    target = Option()
+    power = Option()
+    cost = Option()
+    cost_exponent = Option()
+    seed = Option()
+    reference = Option()
+    depletion = Option()
+
     def __init__(
         self,
-        estimator: str = "expected",
-        step_size: float = 0.01,
-        group_reduction: str = "joint",
-        normalizer: str | Callable[[Tensor], Tensor] | None = None,
-        target: str = "conv",
-        power: int = 1,
-        cost: str | CostFn | None = "auto",
+        estimator: choice.EstimatorName = "expected",
+        *,
+        step_size: float | None = None,
+        group_reduction: choice.Reduction = "joint",
+        normalizer: str | choice.Normalizer | None = None,
+        target: choice.FilterKind | None = None,
+        power: choice.Power | None = None,
+        cost: choice.Cost | CostFn | None = "auto",
         cost_exponent: float | None = None,
-        seed: int = 0,
-        reference: str = "auto",
-        depletion: str | None = "auto",
+        seed: int | None = None,
+        reference: choice.Reference | None = None,
+        depletion: choice.Depletion | None = "auto",
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ("estimator", estimator, ESTIMATORS),
-            ("group_reduction", group_reduction, REDUCTIONS),
-            ("target", target, TARGETS),
-            ("power", power, (1, 2)),
-            ("reference", reference, REFERENCES),
-            ("cost", cost if not callable(cost) else None, ("auto", "macs", "params", None)),
-            ("depletion", depletion, ("auto", "coupled", "log", None)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
-        if not step_size >= 0:
-            raise ValueError(f"step_size={step_size!r}; it must not be negative")
-        if reference == "mean" and (estimator, group_reduction) != ("expected", "joint"):
-            raise ValueError(
-                'reference="mean" goes with estimator="expected" and group_reduction="joint": what a channel does '
-                "is told from the layers that read it, not from single producers"
-            )
-        if depletion in ("log", "coupled") and estimator != "expected":
-            raise ValueError(
-                f'depletion="{depletion}" goes with estimator="expected": the scores of Eq. 4 have a sign'
-            )
-        if depletion == "coupled" and group_reduction != "joint":
-            raise ValueError('depletion="coupled" goes with group_reduction="joint"')
-        self.reference = reference
-        self.estimator, self.step_size, self.target = estimator, float(step_size), target
-        self.group_reduction, self.normalizer = group_reduction, normalizer
-        self.power, self.seed = power, seed
-        self.cost, self.depletion = cost, depletion
-        self.cost_exponent = power / 2 if cost_exponent is None else cost_exponent
-        self._positions: dict[str, int] = {}
-        self._unscored: dict[str, str] = {}
-        self._pruner: weakref.ref[Any] | None = None
-        self._raised_at: tuple[int, dict[str, Tensor]] = (-1, {})  # the pruner's step, other scores for it
-        self._costs: dict[str, float] | None = None
-        self._normalize = tp.importance.GroupMagnitudeImportance(normalizer=normalizer)._normalize
-        self._wiring = Wiring()
+        self._options = Options(
+            estimator, step_size, group_reduction, normalizer, target, power, cost, cost_exponent, seed, reference,
+            depletion,
+        )  # fmt: skip
+        self._observed = Observed()
+
+    def __repr__(self) -> str:
+        """Options that differ from the defaults, and what was gathered."""
+        if self._sums is None:
+            return f"PROImportance({self._options}): not calibrated"
+        samples = f"{int(self._sums['samples'])} samples, " if "samples" in self._sums else ""
+        return f"PROImportance({self._options}): {samples}{len(self._records)} groups"
+
+    def _choose(self, **options: Any) -> None:
+        self._options = replace(self._options, **options)
+        self._cache = {}
 
     # -- scores ------------------------------------------------------------------------------------------------
 
@@ -170,78 +176,23 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             ``F.linear(x, self.qkv.weight)``, and would not be cut. ``calibrate`` warns, ``report()`` shows which.
 
         Raises:
-            NotCalibratedError: there are no statistics for this group.
-            StaleStatisticsError: the model has been pruned since calibration.
+            NotCalibratedError: there are no statistics for this group, or for the options that were chosen since.
+            StaleStatisticsError: the model has been pruned since calibration, or is another one.
         """
         found = self._lookup(group)
-        if found is None:
+        if found is None or found[0].key in self._observed.unscored:
             return None
         record, positions = found
-        if record.key in self._unscored:
-            return None
-        model: nn.Module = group._DG.model
-        picked = self._comparable(record, group._DG, positions)
-        if (raised := self._raised(group._DG).get(record.key)) is not None:
-            picked = raised[positions.to(raised.device)]
-        device = next(iter(model.get_submodule(record.producers[0].name).parameters()), picked).device
-        picked = picked.to(device)
-        # A normaliser divides by zero where all scores of a group are zero; there, all are equally unimportant.
-        return picked.float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
-
-    def _group_scores(self, record: GroupRecord, model: nn.Module) -> Tensor:
-        assert self._sums is not None
-        key = record.key
-        if self.estimator == "paper" or key not in self._cache:  # Eq. 4 reads the weights, which may be training
-            scores = self._make_estimator().scores(
-                self._sums, record.joined, self._wiring, self.group_reduction, model
-            )
-            self._cache[key] = (scores if record.tied is None else scores[record.tied.to(scores.device)]).float()
-        return self._cache[key]
-
-    def _comparable(self, record: GroupRecord, graph: Any, positions: Tensor | None = None) -> Tensor:
-        """What a ranking over several groups compares, of all channels of a group or some: the same order."""
-        scores = self._depleted(record, graph)
-        scores = scores if positions is None else scores[positions.to(scores.device)]
-        compared: Tensor = self._normalize(scores, self.normalizer)
-        return compared / self._relative_cost(record, graph.model)
-
-    @property
-    def _couples(self) -> bool:
-        """Whether calibration gathers how channels go together."""
-        possible = (self.estimator, self.group_reduction) == ("expected", "joint")
-        return possible and self.depletion in ("auto", "coupled")
-
-    def _depleted(self, record: GroupRecord, graph: Any) -> Tensor:
-        how = self.depletion
-        if how == "auto":
-            ranks = self.estimator == "expected" and self._ranks_globally and self.cost is not None
-            how = ("coupled" if self._couples else "log") if ranks else None
-        if how is None:
-            return self._group_scores(record, graph.model)
+        graph = group._DG
         pruner = self._pruner_of(graph)
-        kind = f"#{how}{'#pruner' * (pruner is not None)}"
-        if record.key + kind not in self._cache:
-            groups = list(self._records.values()) if how == "coupled" else [record]
-            scores = [self._group_scores(r, graph.model) for r in groups]
-            units = [units_of(pruner, graph, r) for r in groups]
-            if how == "coupled":
-                found = zip(scores, map(self._coupling, groups), units, strict=True)
-                factors = coupled_factors([Offsets(*one) for one in found], self.power)
-            else:
-                factors = [depletion_factors(scores[0], self.power, units[0])]
-            for r, own, factor in zip(groups, scores, factors, strict=True):
-                self._cache[r.key + kind] = (own * factor).float()
-        return self._cache[record.key + kind]
-
-    def _coupling(self, record: GroupRecord) -> Coupling:
-        assert self._sums is not None
-        coupling = self._expected().coupling(self._sums, record)
-        if coupling is None and record.key in self._sums:
-            raise NotCalibratedError(
-                f"depletion={self.depletion!r} was chosen after calibration: calibrate again."
-            )
-        # A group that was never called has no offsets, and no score but zero.
-        return coupling or Coupling(offset_products(torch.zeros(1, record.width)))
+        picked = self._ranked(record, graph)
+        picked = picked[positions.to(picked.device)]
+        if pruner is not None and ranks_everything(pruner) and pruner.current_step > 0:
+            raised = self._kept(pruner).get(group_key(group))
+            picked = raised if raised is not None and raised.shape == picked.shape else picked
+        device = next(iter(graph.model.get_submodule(record.producers[0].name).parameters()), picked).device
+        # A normaliser divides by zero where all scores of a group are zero; there, all are equally unimportant.
+        return picked.to(device).float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
 
     def coupling(self, group: Any) -> Coupling | None:
         """How the offsets of a group's channels go together.
@@ -252,57 +203,67 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             NotCalibratedError, StaleStatisticsError: as for scores.
         """
         found = self._lookup(group)
-        if found is None or self._sums is None:
-            return None
-        return self._expected().coupling(self._sums, found[0])
+        return (
+            None if found is None or self.estimator != "expected" else self._scoring(group._DG).coupling(found[0])
+        )
 
-    def _pruner_of(self, graph: Any) -> Any | None:
-        """The pruner that was calibrated, if it is the one whose graph asks."""
-        pruner = self._pruner() if self._pruner is not None else None
-        return pruner if pruner is not None and pruner.DG is graph else None
+    @property
+    def unscored(self) -> dict[str, str]:
+        """Groups that get no score, and why."""
+        return dict(self._observed.unscored)
 
-    def _raised(self, graph: Any) -> dict[str, Tensor]:
-        """Other scores for the groups that the pruner's present global step would leave whole."""
+    def _scoring(self, graph: Any | None = None) -> Scoring:
+        """The one cache of scores, as the pruner of ``graph`` ranks; whatever changes them empties it."""
+        pruner = None if graph is None else self._pruner_of(graph)
+        globally = self._observed.globally if pruner is None else bool(pruner.global_pruning)
+        name = "global" if globally else "local"
+        if name not in self._cache:
+            assert self._sums is not None
+            self._check_options()
+            self._cache[name] = Scoring(self._options, self._sums, self._records, self._observed, globally)
+        scoring: Scoring = self._cache[name]
+        return scoring
+
+    def _check_options(self) -> None:
+        """Raise NotCalibratedError where statistics were gathered for other options."""
+        wanted, gathered = self._options.of_statistics, self._observed.options
+        changed = [name for name in wanted if wanted[name] != gathered.get(name)]
+        if not changed:
+            return
+        said = {"joint": "group_reduction", "coupled": "depletion"}.get(changed[0], changed[0])
+        raise NotCalibratedError(f"{said}={getattr(self, said)!r} was chosen after calibration: calibrate again.")
+
+    def _ranked(self, record: GroupRecord, graph: Any) -> Tensor:
+        """``(width,)`` scores of a full group that a ranking over groups compares."""
+        return self._scoring(graph).ranked(record, graph.model, partial(self._unit_of, graph))
+
+    def _unit_of(self, graph: Any, record: GroupRecord) -> Tensor | None:
         pruner = self._pruner_of(graph)
-        if pruner is None or not ranks_everything(pruner):
-            return {}
-        if self._raised_at[0] != pruner.current_step:
-            known = {key: r for key, r in self._records.items() if r.producers and key not in self._unscored}
-            scores = {key: self._comparable(record, graph).cpu() for key, record in known.items()}
-            self._raised_at = pruner.current_step, raise_the_best(pruner, known, scores)
-        return self._raised_at[1]
+        if pruner is None and record.key in self._observed.units:
+            return self._observed.units[record.key]
+        return units_of(pruner, graph, record)
 
-    def _asked_by(self, target: Any) -> None:
-        self._pruner = weakref.ref(target) if hasattr(target, "per_step_pruning_ratio") else None
-        self._raised_at = (-1, {})
+    def _kept(self, pruner: Any) -> dict[str, Tensor]:
+        """Other scores for the present step of a pruner that ranks all groups against each other."""
+
+        def ask(group: Any) -> Asked | None:
+            found = self._lookup(group)
+            if found is None or found[0].key in self._observed.unscored:
+                return None
+            record, positions = found
+            tied = None if record.tied is None else record.tied[positions].unique(return_inverse=True)[1]
+            return Asked(group_key(group), self._ranked(record, pruner.DG).cpu()[positions], tied)
+
+        scoring = self._scoring(pruner.DG)
+        if scoring.raised[0] != pruner.current_step:
+            scoring.raised = pruner.current_step, keep_the_best(pruner, ask)
+        return scoring.raised[1]
+
+    def _rebound(self) -> None:
         self._cache = {}  # which channels are one unit is for the pruner to say
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pruner": None}
-
-    def _relative_cost(self, record: GroupRecord, model: nn.Module) -> float:
-        """Cost of one of the group's channels to the power of ``cost_exponent``, relative to the mean group."""
-        cost = self.cost
-        if cost == "auto":
-            cost = "macs" if self.estimator == "expected" and self._ranks_globally else None
-        if cost is None:
-            return 1.0
-        if self._costs is None:
-            if callable(cost):
-                self._costs = {key: float(cost(r, model)) for key, r in self._records.items()}
-            else:
-                self._costs = {
-                    key: group_cost(r, model, self._positions, cost) for key, r in self._records.items()
-                }
-        mean = sum(self._costs.values()) / len(self._costs)
-        if not self._costs[record.key] > 0:
-            raise ValueError(
-                f"a channel of group {record.key!r} costs {self._costs[record.key]}; cost must be positive."
-            )
-        return float((self._costs[record.key] / mean) ** self.cost_exponent)
-
     def report(self) -> Report:
-        """Per group: producers, where sigma was found, score range, ties and dead channels.
+        """Per group: producers, where sigma was found, score range, ties, dead channels and cost.
 
         ``low``, ``median`` and ``high`` are as the estimator gives them; ``ranked_low`` and ``ranked_high`` are
         what a ranking over groups compares, after ``depletion``, ``normalizer`` and ``cost``. These two and the
@@ -317,54 +278,34 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         model = self._model() if self._model is not None else None
         if model is None and self.estimator == "paper":
             raise NotCalibratedError("the calibrated model is gone; Eq. 4 needs its weights to give a report.")
-        estimator = self._make_estimator()
         pruner = self._pruner() if self._pruner is not None else None
         if pruner is not None and self._replaced(pruner.model, self._records.values()):
             pruner = None
+        estimator, wiring = estimator_of(self._options), self._observed.wiring
         rows = []
         for record in self._records.values():
-            scores = self._group_scores(record, model if model is not None else nn.Module())
-            layers = estimator.layers(record, self._wiring)
-            sites = {p.name: self._wiring.site_of(p.name) for p in layers if p.name in self._wiring.seen}
-            unseen = tuple(p.name for p in record.producers if p.name not in self._wiring.seen)
-            why = self._unscored.get(record.key)
+            scores = self._scoring().alone(record, model if model is not None else nn.Module())
+            layers = estimator.layers(record, wiring)
+            sites = {p.name: wiring.site_of(p.name) for p in layers if p.name in wiring.seen}
+            unseen = tuple(p.name for p in record.producers if p.name not in wiring.seen)
+            why = self._observed.unscored.get(record.key)
             notes = [] if why is None else [f"not scored: {why}"]
-            notes += ["measured at its readers"] if record.key in self._wiring.centered else []
+            notes += ["measured at its readers"] if record.key in wiring.centered else []
             ranked, cost = None, 1.0
             if pruner is not None and record.producers and why is None:
-                ranked, cost = self._comparable(record, pruner.DG), self._relative_cost(record, pruner.model)
+                ranked = self._ranked(record, pruner.DG)
+                cost, stopgap = self._scoring(pruner.DG).divisor(record, pruner.model)
+                notes += [] if stopgap is None else [stopgap]
             rows.append(GroupReport.of(record, scores, sites, unseen, tuple(notes), ranked, cost))
         return Report(tuple(rows), self._notes)
 
     # -- calibration -------------------------------------------------------------------------------------------
 
-    def _make_estimator(self, loss_reduction: str = "mean", model: nn.Module | None = None) -> Estimator:
-        """The estimator; to make scores of sums it needs no model."""
-        if loss_reduction not in LOSS_REDUCTIONS:
-            raise ValueError(f"loss_reduction={loss_reduction!r}; choose one of 'mean', 'sum'")
-        if self.estimator == "paper":
-            return PaperEstimator(self.step_size, self.target)
-        return self._expected(loss_reduction, model)
-
-    def _expected(self, loss_reduction: str = "mean", model: nn.Module | None = None) -> ExpectedEstimator:
-        def scale(batch: int) -> float:
-            return float(batch) if loss_reduction == "mean" else 1.0
-
-        if self.group_reduction != "joint" or self.reference == "origin":
-            return ExpectedEstimator(self.power, self.group_reduction == "joint", scale, self._couples)
-        if self.reference == "mean":
-            return CenteredEstimator(self.power, scale, self._couples, lambda norm: 1.0)
-        modules = () if model is None else model.named_modules()
-        norms = {name for name, module in modules if isinstance(module, _BatchNorm)}
-        if model is not None and not norms:
-            return ExpectedEstimator(self.power, True, scale, self._couples)
-        return CenteredEstimator(self.power, scale, self._couples, lambda norm: MADE_UP * (norm in norms))
-
     def _observation(
         self,
         model: nn.Module,
         groups: Callable[[tuple[Any, ...], dict[str, Any]], Iterable[GroupRecord]],
-        loss_reduction: str = "mean",
+        loss_reduction: choice.LossReduction = "mean",
         loss_scale: Any = None,
         **options: Any,
     ) -> GradientObservation:
@@ -372,8 +313,15 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             raise TypeError(
                 f"unknown option {next(iter(options))!r}; observe() takes loss_reduction and loss_scale"
             )
-        estimator = self._make_estimator(loss_reduction, model)
-        return GradientObservation(model, groups, estimator, loss_scale_of(loss_scale))
+
+        def counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[GroupRecord]:
+            records = list(groups(args, kwargs))
+            observation.work = _work(model, args, kwargs, records)
+            return records
+
+        estimator = estimator_of(self._options, loss_reduction, model)
+        observation = GradientObservation(model, counted, estimator, loss_scale_of(loss_scale))
+        return observation
 
     def _commit(self, observation: GradientObservation) -> None:
         counts = ("samples", "read/", "rows/")  # not made of gradients
@@ -384,48 +332,57 @@ class PROImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
                 "calibrate() another loss_fn, LogitNoise() for example; under fp16 autocast use bf16, or a "
                 "GradScaler that observe(..., loss_scale=scaler) is told of."
             )
-        self._wiring = observation.wiring
-        self._positions = observation.positions
-        self._unscored = observation.unscored
-        self._costs = None
-        if self._unscored:
-            group, why = next(iter(self._unscored.items()))
+        gathered = self._options.of_statistics
+        self._observed = Observed(observation.wiring, observation.work, observation.unscored, options=gathered)
+        if observation.unscored:
+            group, why = next(iter(observation.unscored.items()))
             warnings.warn(
-                f"{len(self._unscored)} groups get no score and will not be pruned. {group!r}: {why}",
+                f"{len(observation.unscored)} groups get no score and will not be pruned. {group!r}: {why}",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
+    def _asked_by(self, target: Any) -> None:
+        pruner = target if isinstance(target, tp.pruner.BasePruner) else None
+        self.bind(pruner)
+        known = getattr(target, "units", {})
+        if pruner is not None:
+            known = {record.key: units_of(pruner, pruner.DG, record) for record in self._records.values()}
+        units = {key: unit for key, unit in known.items() if unit is not None and int(unit.max()) + 1 < len(unit)}
+        globally = bool(getattr(target, "global_pruning", False))
+        self._observed = replace(self._observed, units=units, globally=globally)
+
     def _default_loss(self) -> LossFn:
         return cross_entropy if self.estimator == "paper" else DefaultLoss(seed=self.seed + 1_000_003 * rank())
 
-    def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {"class": type(self).__name__, "estimator": self.estimator}
-        if self.estimator == "paper":
-            return {**settings, "target": self.target}
-        settings |= {"power": self.power, "joint": self.group_reduction == "joint"}
-        settings = {**settings, "coupled": True} if self._couples else settings
-        return {**settings, "reference": self.reference} if settings["joint"] else settings
+    # -- what is kept ------------------------------------------------------------------------------------------
 
-    def _extra_state(self) -> dict[str, Any]:
-        sites = [
-            {
-                "name": site.name,
-                "axis": site.label.axis,
-                "spans": [[s.layer, s.start, s.count, s.at, s.repeat] for s in site.label.spans],
-            }
-            for site in self._wiring.sites
-        ]
-        extra = {"positions": dict(self._positions), "unscored": dict(self._unscored)}
-        return {**extra, "sites": sites, "norm_of": dict(self._wiring.norm_of), **self._wiring.names}
+    def reset(self) -> None:
+        """Forget all statistics, and the pruner."""
+        super().reset()
+        self._pruner, self._observed = None, Observed()
+
+    def _settings(self) -> dict[str, Any]:
+        return {"class": type(self).__name__, **self._options.of_statistics}
+
+    def _extra_state(self) -> Any:
+        return self._observed.pack()
 
     def _load_extra_state(self, extra: Any) -> None:
-        sites = tuple(
-            Site(site["name"], Label(site["axis"], tuple(Span(*span) for span in site["spans"])))
-            for site in extra["sites"]
-        )
-        self._positions, self._costs = dict(extra["positions"]), None
-        self._unscored = dict(extra["unscored"])
-        self._wiring = Wiring(
-            sites, dict(extra["norm_of"]), frozenset(extra["seen"]), frozenset(extra["centered"])
-        )
+        self._observed = Observed.unpack(extra)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_pruner": None, "_cache": {}}
+
+
+def _work(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], records: Iterable[GroupRecord]
+) -> Work | None:
+    """MACs of the model's layers, from one sample of a batch; ``None`` where it does not run a second time."""
+    layers = {layer.name for r in records for layer in (*r.producers, *r.consumers, *r.others)}
+    for some, named in (arrangements(args, kwargs)[0].first(1), (args, kwargs)):
+        try:
+            return measure_work(model, some, named, layers)
+        except Exception:  # of the model's own: what it says to fewer samples is no matter here
+            continue
+    return None

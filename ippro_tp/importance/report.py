@@ -23,7 +23,8 @@ class GroupReport:
         ties: channels that share their score with another one.
         dead: channels with the lowest possible score: no sample's gradient moves them.
         notes: what deserves a look.
-        cost: what the scores are divided by to be compared with other groups', 1 for the mean group.
+        cost: what the scores are divided by to be compared with other groups': a power of the share of the model's
+            MACs (or parameters) that one channel costs.
         ranked_low, ranked_high: what is compared in a ranking over groups; ``None`` where it is not known.
     """
 

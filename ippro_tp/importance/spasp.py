@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,19 +20,20 @@ from ..estimators.spasp_math import Response
 from ..estimators.sums import Sums
 from ..graph.units import Ties, ties_of
 from ..records import GroupRecord, Layer
+from .binding import Bound
 
 SIGNED = ("sum", "abs", "gated")
 
 
-class SpaSPImportance(Calibrated, tp.importance.Importance):  # type: ignore[misc]
+class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignore[misc]
     r"""Importance of channels by i-SpaSP: which channels' sums rebuild the outputs of the layers that read them.
 
     Source: Wolfe and Kyrillidis, "i-SpaSP: Structured Neural Pruning via Sparse Signal Recovery", PMLR v168,
     Algorithms 1 and 2. Forward passes only; all groups are calibrated in one pass over the data.
 
-    For a local pruner that was given to ``observe``, ``calibrate`` or :meth:`bind`, the channels that are kept
-    are exactly the paper's set S for the size that the pruner's next step leaves. Under a global pruner, or
-    without one, channels are ordered by the share of all target sizes whose S holds them. Up to a pruning ratio
+    In the step of a local pruner, and for one that was given to ``observe``, ``calibrate`` or :meth:`bind`, the
+    channels that are kept are exactly the paper's set S for the size that the step leaves. Under a global pruner,
+    or without one, channels are ordered by the share of all target sizes whose S holds them. Up to a pruning ratio
     of 0.5 the paper's algorithm *is* the ranking by summed activations: the 2 s candidates are then all channels,
     whatever the weights. So is a schedule of ``iterative_steps`` that each keep half or more.
 
@@ -78,35 +77,11 @@ class SpaSPImportance(Calibrated, tp.importance.Importance):  # type: ignore[mis
         if signed not in SIGNED:
             raise ValueError(f"signed={signed!r}; choose one of {', '.join(map(repr, SIGNED))}")
         self.iterations, self.bias, self.signed = iterations, bool(bias), signed
-        self._pruner: weakref.ref[Any] | None = None
 
     # -- calibration -------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def observe(self, target: Any, **options: Any) -> Iterator[SpaSPImportance]:
-        """Watch the model while your own loop runs forward passes; see :meth:`Calibrated.observe`.
-
-        A pruner given as ``target`` is bound to, as by :meth:`bind`.
-        """
-        with super().observe(target, **options):
-            yield self
+    def _asked_by(self, target: Any) -> None:
         self.bind(target if isinstance(target, tp.pruner.BasePruner) else None)
-
-    def bind(self, pruner: Any | None) -> None:
-        """Take target sizes from ``pruner`` from now on, without a new calibration.
-
-        The statistics do not depend on the ratio: one calibration serves several pruners of the same model, or
-        of copies of it. A pruner is remembered weakly and is left behind by pickling and copying.
-
-        Args:
-            pruner: a ``tp.pruner.BasePruner``; ``None`` for scores that do not assume a target size.
-
-        Raises:
-            TypeError: ``pruner`` is something else.
-        """
-        if pruner is not None and not isinstance(pruner, tp.pruner.BasePruner):
-            raise TypeError(f"bind() needs a torch_pruning pruner or None, not {type(pruner).__name__}")
-        self._pruner = None if pruner is None else weakref.ref(pruner)
 
     def reset(self) -> None:
         """Forget all statistics, and the pruner."""
@@ -186,7 +161,7 @@ class SpaSPImportance(Calibrated, tp.importance.Importance):  # type: ignore[mis
         graph = group._DG
         device = next(iter(graph.model.get_submodule(record.producers[0].name).parameters())).device
         total: Tensor | None = None
-        for ties in ties_of(self._bound_to(graph), group, record, positions):
+        for ties in ties_of(self._pruner_of(graph), group, record, positions):
             response = self._response(record, ties, graph)
             if response is None:
                 return None
@@ -198,11 +173,6 @@ class SpaSPImportance(Calibrated, tp.importance.Importance):  # type: ignore[mis
             total = scores if total is None else total + scores
         assert total is not None
         return total[positions.to(total.device)].float().to(device)
-
-    def _bound_to(self, graph: Any) -> Any | None:
-        """The pruner whose next step will ask, if it is known."""
-        pruner = self._pruner() if self._pruner is not None else None
-        return pruner if pruner is not None and pruner.DG is graph else None
 
     def _response(self, record: GroupRecord, ties: Ties, graph: Any) -> Response | None:
         """What the group's consumers answer; ``None`` if there is none that was seen during calibration."""

@@ -127,7 +127,7 @@ class Scorer:
         name = type(importance).__name__
         scores: dict[str, Tensor] = {}
         unscored: dict[str, str] = {}
-        reasons = getattr(importance, "_unscored", {})
+        reasons = getattr(importance, "unscored", {})
         for key, prunable in structure.groups.items():
             given = importance(prunable.group)
             if given is None:

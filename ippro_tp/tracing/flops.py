@@ -18,13 +18,15 @@ class MacCounter:
 
     Attributes:
         by_layer: MACs by module name, each operation at the innermost module whose forward runs it.
+        products: the part of them that are batched products of matrices, as in attention.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.by_layer: dict[str, int] = {}
+        self.products: dict[str, int] = {}
         self._names = {module: name for name, module in model.named_modules()}
         self._running: list[str] = []
-        self._counted = 0
+        self._counted = (0, 0)
         self._mode = FlopCounterMode(display=False, custom_mapping=_formulas())
 
     @property
@@ -39,11 +41,16 @@ class MacCounter:
 
     def settle(self) -> int:
         """Credit what was counted since the last call to the module that runs, and return it."""
-        total = self.total
-        fresh, self._counted = total - self._counted, total
-        if fresh:
-            self.by_layer[self.inside] = self.by_layer.get(self.inside, 0) + fresh
-        return fresh
+        counts = self._mode.flop_counts.get("Global", {})
+        total, batched = (
+            sum(counts.values()),
+            sum(n for op, n in counts.items() if "attention" in str(op) or "bmm" in str(op)),
+        )
+        before, self._counted = self._counted, (total, batched)
+        for found, fresh in ((self.by_layer, total - before[0]), (self.products, batched - before[1])):
+            if fresh:
+                found[self.inside] = found.get(self.inside, 0) + fresh // 2
+        return (total - before[0]) // 2
 
     def _entered(self, module: nn.Module, args: object) -> None:
         self.settle()

@@ -1,0 +1,47 @@
+"""The estimator that options ask for."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..estimators.base import Estimator
+from ..estimators.centered import MADE_UP, CenteredEstimator
+from ..estimators.expected import ExpectedEstimator
+from ..estimators.paper import PaperEstimator
+from .options import LossReduction, Options
+
+
+def estimator_of(
+    options: Options, loss_reduction: LossReduction = "mean", model: nn.Module | None = None
+) -> Estimator:
+    """The estimator; to make scores of sums it needs no model."""
+    if loss_reduction not in get_args(LossReduction):
+        raise ValueError(f"loss_reduction={loss_reduction!r}; choose one of 'mean', 'sum'")
+    values = options.in_force
+    if options.estimator == "paper":
+        return PaperEstimator(values["step_size"], values["target"])
+    return expected_estimator(options, loss_reduction, model)
+
+
+def expected_estimator(
+    options: Options, loss_reduction: LossReduction = "mean", model: nn.Module | None = None
+) -> ExpectedEstimator:
+    """The estimator ``"expected"``, with offsets measured from where the options say."""
+
+    def scale(batch: int) -> float:
+        return float(batch) if loss_reduction == "mean" else 1.0
+
+    values, joint = options.in_force, options.group_reduction == "joint"
+    power, reference = values["power"], values["reference"]
+    if not joint or reference == "origin":
+        return ExpectedEstimator(power, joint, scale, options.couples)
+    if reference == "mean":
+        return CenteredEstimator(power, scale, options.couples, lambda norm: 1.0)
+    modules = () if model is None else model.named_modules()
+    norms = {name for name, module in modules if isinstance(module, _BatchNorm)}
+    if model is not None and not norms:
+        return ExpectedEstimator(power, True, scale, options.couples)
+    return CenteredEstimator(power, scale, options.couples, lambda norm: MADE_UP * (norm in norms))
