@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOWEST ?= .venv-lowest
 STAMP  := $(VENV)/.installed
 
-.PHONY: install compare test test-slow test-lowest lint format clean
+.PHONY: install compare test test-slow test-lowest docs lint format clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ test-lowest: $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[bench,dev]"
 	$(LOWEST)/bin/python -m pytest -n 2 tests
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m mkdocs build --quiet
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +46,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) site runs .pytest_cache .mypy_cache .ruff_cache

@@ -376,9 +376,9 @@ def test_a_pruned_model_can_be_wrapped_again(ranks):
 # -- the example -------------------------------------------------------------------------------------------------
 
 
-def test_the_readmes_script_runs_through_torchrun(tmp_path):
+def test_the_script_of_the_docs_runs_through_torchrun(tmp_path):
     root = Path(__file__).parents[1]
-    (script,) = re.findall(r"```py\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (script,) = re.findall(r"```py\n(.*?)```", (root / "docs" / "howto" / "ddp.md").read_text(), re.DOTALL)
     (tmp_path / "prune.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
