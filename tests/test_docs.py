@@ -18,7 +18,8 @@ def blocks() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for number, match in enumerate(re.finditer(r"^( *)```python\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)):
+        matches = re.finditer(r"^( *)```python\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)
+        for number, match in enumerate(matches):
             found.append((f"{page.relative_to(ROOT)}#{number}", textwrap.dedent(match.group(2))))
     return found
 
