@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ippro_tp import Compensation, NotCalibratedError, ObservationError, Recovery
-from ippro_tp.compensation.distilling import _mirrored, _schedule
+from ippro_tp.compensation import distilling
+from ippro_tp.compensation.distilling import _is_image, _mirrored, _schedule
 from tests.nets import Residual
 
 
@@ -220,11 +221,13 @@ def test_any_structure_of_inputs_and_outputs(kind, named):
 
 
 def test_images_are_mirrored_by_chance_and_nothing_else_is():
-    images = torch.randn(400, 3, 2, 4)
-    turned = _mirrored(images, torch.Generator().manual_seed(0))
-    same_as = (turned == images).flatten(1).all(1)
-    assert 150 < int(same_as.sum()) < 250
-    assert torch.equal(turned[~same_as], images.flip(3)[~same_as])
+    images = torch.randn(4, 3, 2, 4)
+    turned = torch.tensor([True, False, False, True])
+    found = _mirrored(images, turned)
+    assert torch.equal(found[turned], images.flip(3)[turned])
+    assert torch.equal(found[~turned], images[~turned])
+    assert not _is_image((images, images), {})
+    assert not _is_image((), {"x": images})
     layer = nn.Linear(4, 2)
     results = []
     for augment in ("mirror", None):
@@ -235,6 +238,31 @@ def test_images_are_mirrored_by_chance_and_nothing_else_is():
         how.calibrate(model, [torch.linspace(-1, 1, 256).view(64, 4)], progress=False).run(model, layer)
         results.append(state(model))
     assert same(*results)
+
+
+@pytest.mark.parametrize("augment", ["mirror", None])
+def test_a_teacher_that_is_asked_once_says_the_same(augment, monkeypatch):
+    results, calls = [], []
+    for most in (1 << 28, 0):
+        monkeypatch.setattr(distilling, "TOLD", most)
+        model, teacher, inputs = pair()
+        handle = teacher.register_forward_hook(lambda *_: calls.append(1))
+        recovery(inputs, model, lr=1e-3, augment=augment, steps=60).run(model, teacher)
+        handle.remove()
+        results.append(state(model))
+        calls.append(0)
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], atol=1e-4), name
+    once, always = "".join(map(str, calls)).split("0")[:2]
+    assert len(once) < len(always)
+
+
+def test_samples_that_are_not_finite_are_left_out():
+    model, teacher, inputs = pair()
+    inputs[1][3] = torch.nan
+    report = recovery(inputs, model, lr=1e-2).run(model, teacher)
+    assert report.held_out == 24
+    assert report.after < report.before
 
 
 def test_samples_of_compensation_are_shared():

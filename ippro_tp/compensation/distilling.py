@@ -15,6 +15,8 @@ from ..errors import ObservationError
 from .samples import Samples
 
 MIRROR: Literal["mirror"] = "mirror"
+TOLD = 1 << 28
+"""Bytes that what the teacher says to all samples may take."""
 LOOKS = 10
 """Times that the held-out samples are looked at."""
 WARM_UP = 0.05
@@ -57,9 +59,12 @@ class Distillation:
     ) -> None:
         self._how, self._model, self._teacher, self._parameters = how, model, teacher, parameters
         self._samples, self._device = samples, parameters[0].device
+        usable = samples.finite().nonzero().flatten()
+        if len(usable) < 2:
+            raise ObservationError("recovery holds samples out: it needs at least two without NaN or inf.")
         self._generator = torch.Generator().manual_seed(how.seed)
-        self.held = min(max(1, round(how.held_out * samples.count)), samples.count - 1)
-        order = torch.randperm(samples.count, generator=self._generator)
+        self.held = min(max(1, round(how.held_out * len(usable))), len(usable) - 1)
+        order = usable[torch.randperm(len(usable), generator=self._generator)]
         self._trained = order[self.held :]
         self._judged = order[: self.held].split(how.batch_size)
         with torch.no_grad():
@@ -68,6 +73,7 @@ class Distillation:
         self._lr = self.kept_lr = how.lr
         self.step = self.kept = 0
         self.before = self.best = self._look()
+        self._told = self._tell()
         self._best = [p.detach().clone() for p in parameters]
 
     def train(self) -> None:
@@ -90,15 +96,54 @@ class Distillation:
 
     def _learn(self, optimizer: torch.optim.Optimizer, batch: Tensor) -> bool:
         """One step; ``False``, and none, where the gradient is not finite."""
-        args, kwargs = self._augmented(*self._samples.arguments(batch, self._device))
-        with torch.no_grad():
-            wanted = _floats(self._teacher(*args, **kwargs))
+        args, kwargs, wanted = self._lesson(batch)
         optimizer.zero_grad()
         self._distance(_floats(self._model(*args, **kwargs)), wanted).backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, math.inf)
         if bool(norm.isfinite()):
             optimizer.step()
         return bool(norm.isfinite())
+
+    def _lesson(self, batch: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+        """What both models see for some samples, and what the teacher says to it."""
+        args, kwargs = self._samples.arguments(batch, self._device)
+        turned = torch.zeros(len(batch), dtype=torch.bool)
+        if self._how.augment == MIRROR and _is_image(args, kwargs):
+            turned = torch.rand(len(batch), generator=self._generator) < 0.5
+            args = (_mirrored(args[0], turned),)
+        elif callable(self._how.augment):
+            args, kwargs = self._augmented(args, kwargs)
+        if self._told is not None:
+            return args, kwargs, [x[turned.long(), batch] for x in self._told]
+        with torch.no_grad():
+            return args, kwargs, _floats(self._teacher(*args, **kwargs))
+
+    @torch.no_grad()
+    def _tell(self) -> list[Tensor] | None:
+        """What the teacher says to every sample, as it is and mirrored: ``(views, samples, ...)``.
+
+        ``None`` where that takes longer than asking it in every step, or more than ``TOLD`` bytes, or where its
+        outputs have no dimension of samples.
+        """
+        how, count = self._how, len(self._trained)
+        args, kwargs = self._samples.arguments(self._trained[:1], self._device)
+        views = 2 if how.augment == MIRROR and _is_image(args, kwargs) else 1
+        first = _floats(self._call(self._teacher, self._judged[0]))
+        if callable(how.augment) or views * count > how.steps * how.batch_size:
+            return None
+        if any(x.dim() == 0 or len(x) != len(self._judged[0]) for x in first):
+            return None
+        if views * self._samples.count * sum(x[0].numel() * x.element_size() for x in first) > TOLD:
+            return None
+        told = [x.new_zeros(views, self._samples.count, *x.shape[1:]) for x in first]
+        for batch in self._trained.split(how.batch_size):
+            args, kwargs = self._samples.arguments(batch, self._device)
+            for view in range(views):
+                turned = torch.full((len(batch),), view == 1)
+                shown = (_mirrored(args[0], turned),) if views == 2 else args
+                for kept, x in zip(told, _floats(self._teacher(*shown, **kwargs)), strict=True):
+                    kept[view, batch] = x
+        return told
 
     def _keep_if_better(self, now: float) -> bool:
         """Keep the weights if they are the best so far; ``False`` if they are worse than those of the start."""
@@ -137,13 +182,7 @@ class Distillation:
         return model(*args, **kwargs)
 
     def _augmented(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._how.augment is None:
-            return args, kwargs
-        if self._how.augment == MIRROR:
-            images = args[0] if len(args) == 1 and not kwargs else None
-            if isinstance(images, Tensor) and images.dim() == 4 and images.is_floating_point():
-                args = (_mirrored(images, self._generator),)
-            return args, kwargs
+        assert callable(self._how.augment)
         if args and kwargs:
             raise ObservationError("augment needs inputs that are given by position or by name, not both.")
         return as_call(self._how.augment(kwargs or (args if len(args) > 1 else args[0])))
@@ -155,10 +194,15 @@ class Distillation:
             yield from order[: len(order) // size * size].split(size)
 
 
-def _mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each of ``(B, C, H, W)`` as it is or mirrored left to right, by chance."""
-    turned = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    return torch.where(turned.view(-1, 1, 1, 1), images.flip(3), images)
+def _is_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a model is called with nothing but ``(B, C, H, W)`` in floating point."""
+    image = args[0] if len(args) == 1 and not kwargs else None
+    return isinstance(image, Tensor) and image.dim() == 4 and image.is_floating_point()
+
+
+def _mirrored(images: Tensor, turned: Tensor) -> Tensor:
+    """``(B, C, H, W)``, those of ``turned`` mirrored left to right."""
+    return torch.where(turned.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def _schedule(done: float) -> float:

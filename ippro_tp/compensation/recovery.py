@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.guard import evaluating, preserved
-from ..errors import ObservationError
 from .distilling import MIRROR, Distillation, Plan
 from .inputs import KeptInputs
 
@@ -135,8 +134,6 @@ class Recovery(KeptInputs):
         self._check_calibrated()
         if model is teacher or {id(p) for p in model.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("the model and its teacher share parameters; give a copy from before pruning.")
-        if self._samples.count < 2:
-            raise ObservationError("recovery needs samples to hold out; calibrate it with at least two.")
         begin = time.perf_counter()
         parameters = [p for p in model.parameters() if p.requires_grad] or list(model.parameters())
         parameters = [p for p in parameters if p.is_floating_point()]
