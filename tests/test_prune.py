@@ -440,3 +440,26 @@ def test_saving_says_what_it_needs(tmp_path):
     build = lambda: Local(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))  # noqa: E731
     again = load_pruned(result.save(tmp_path / "out", builder=build), builder=build)
     assert torch.equal(again(x), result.model(x))
+
+
+# -- scores of any importance, made comparable -----------------------------------------------------------------
+
+
+def test_pricing_divides_by_cost_and_raises_what_is_left(images):
+    from ippro_tp.pruning.pricing import Pricing
+    from ippro_tp.pruning.structure import read_structure
+
+    model = small()
+    structure = read_structure(model, images[:1])
+    scores = {key: torch.rand(p.record.width).double() for key, p in structure.groups.items()}
+    plain = Pricing(None, False, 1).apply(scores, structure, images[:1])
+    assert all(torch.allclose(plain[key].double(), values) for key, values in scores.items())
+    counts = count(model, images[:1]).by_layer
+    first, second = "0.0.out", "1.0.out"  # a channel of the first is also an input of the second convolution
+    work = {first: (counts["0.0"] + counts["1.0"]) / 32, second: (counts["1.0"] + counts["4"]) / 64}
+    priced = Pricing("macs", False, 2).apply(scores, structure, images[:1])
+    ratio = (scores[first][0] / priced[first][0]) / (scores[second][0] / priced[second][0])
+    assert float(ratio) == pytest.approx(work[first] / work[second], rel=1e-5)
+    depleted = Pricing(None, True, 1).apply(scores, structure, images[:1])
+    assert all(bool((depleted[key] >= plain[key]).all()) for key in scores)
+    assert all(torch.equal(depleted[key].argsort(), plain[key].argsort()) for key in scores)

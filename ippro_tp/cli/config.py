@@ -142,28 +142,20 @@ class PruneRunConfig:
         return next((unit, value) for unit, value in named.items() if value is not None)
 
     @property
-    def price(self) -> tuple[str | None, str | None]:
-        """What an importance that takes them gets for ``cost`` and ``depletion``."""
-        return self._none(self.cost_unit), self._none(self.depletion_kind)
-
-    @staticmethod
-    def _none(value: str) -> str | None:
-        return None if value == "none" else value
-
-    @property
     def cost_unit(self) -> str:
         """The unit that scores are divided by: ``none``, ``macs`` or ``params``."""
-        if self.scope == "local" or not find_importance(self.importance).priced:
+        if self.scope == "local" or (self.cost == "auto" and not find_importance(self.importance).priced):
             return "none"
         return self.cost if self.cost != "auto" else "params" if self.params is not None else "macs"
 
     @property
     def depletion_kind(self) -> str:
         """How scores rise as their group is emptied: ``none``, ``log`` or ``coupled``."""
-        if self.scope == "local" or not find_importance(self.importance).priced:
+        if self.scope == "local":
             return "none"
         if self.depletion == "auto":
-            return "coupled" if self.cost_unit != "none" else "none"
+            priced = self.cost_unit != "none" and find_importance(self.importance).priced
+            return "coupled" if priced else "none"
         return self.depletion
 
     def torch_device(self) -> torch.device:
@@ -238,10 +230,15 @@ def check(config: PruneRunConfig) -> None:
     named = find_importance(config.importance)
     if config.task == "segmentation" and named.labels:
         raise UsageError(f"--importance {config.importance} needs labels of whole images; not for segmentation")
-    for flag in ("cost", "depletion"):
-        chosen = getattr(config, flag)
-        if chosen not in ("auto", "none") and not named.priced:
-            raise UsageError(f"--{flag} {chosen} is not for --importance {config.importance}: only pro takes it")
+    if config.depletion in ("log", "coupled") and named.signed:
+        raise UsageError(
+            f"--depletion {config.depletion} is not for --importance {config.importance}, whose scores have a sign"
+        )
+    if config.depletion == "coupled" and not named.priced:
+        raise UsageError(
+            f"--depletion coupled is not for --importance {config.importance}, which does not know how channels "
+            "go together; log is for all that have no sign"
+        )
     layer_ratios(config)
 
 

@@ -22,7 +22,9 @@ class Named:
         make: ``(seed, cost, depletion) -> importance``; the last two are ``None`` but for those of this package.
         loss: ``seed -> loss_fn``, where it is another than the importance's own.
         labels: whether it needs labels of whole images.
-        priced: whether it takes a cost and a depletion.
+        priced: whether it takes a cost and a depletion itself.
+        degree: 1 if its scores behave like ``|t|``, 2 if like ``t^2``.
+        signed: whether scores can be negative: they are no losses then, which could add up.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Named:
     loss: Callable[[int], LossFn] | None = None
     labels: bool = False
     priced: bool = False
+    degree: float = 1.0
+    signed: bool = False
 
 
 def _pro(**options: Any) -> Callable[[int, Any, Any], Any]:
@@ -83,18 +87,18 @@ IMPORTANCES = {
         Named("pro", _pro(), priced=True),
         Named("pro-labels", _pro(), _cross_entropy, labels=True, priced=True),
         Named("pro-noise", _pro(), _noise, priced=True),
-        Named("pro-square", _pro(power=2), priced=True),
+        Named("pro-square", _pro(power=2), priced=True, degree=2),
         Named("pro-origin", _pro(reference="origin"), priced=True),
         Named("pro-mean", _pro(reference="mean"), priced=True),
         Named("ispasp", _spasp),
         Named("random", _torch_pruning("RandomImportance")),
         Named("l1", _torch_pruning("MagnitudeImportance", p=1)),
-        Named("l2", _torch_pruning("MagnitudeImportance", p=2)),
+        Named("l2", _torch_pruning("MagnitudeImportance", p=2), degree=2),
         Named("bn", _torch_pruning("BNScaleImportance")),
-        Named("lamp", _torch_pruning("LAMPImportance")),
-        Named("fpgm", _torch_pruning("FPGMImportance")),
+        Named("lamp", _torch_pruning("LAMPImportance"), degree=2),
+        Named("fpgm", _torch_pruning("FPGMImportance"), degree=2),
         Named("taylor", _torch_pruning("TaylorImportance"), labels=True),
-        Named("hessian", _torch_pruning("HessianImportance"), labels=True),
+        Named("hessian", _torch_pruning("HessianImportance"), labels=True, degree=2),
     )
 }
 FAMILIES = {"pro-paper-lam": "conv", "pro-paper-norm-lam": "norm"}
@@ -112,7 +116,7 @@ def find_importance(name: str) -> Named:
     for prefix, target in FAMILIES.items():
         match = re.fullmatch(re.escape(prefix) + r"([0-9.]+(?:[eE][+-]?[0-9]+)?)", name)
         if match:
-            return Named(name, _paper(float(match.group(1)), target), labels=True)
+            return Named(name, _paper(float(match.group(1)), target), labels=True, signed=True)
     module, found, attribute = name.partition(":")
     if found:
         try:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import IPPROError, TargetError
+from ..pruning.pricing import Pricing
 from ..pruning.prune import prune_layers
 from ..pruning.result import PruneResult
 from .config import PruneRunConfig, layer_ratios
@@ -111,7 +112,11 @@ class Planner:
         """
         config = self.config
         named = find_importance(config.importance)
-        importance = named.make(config.seed, *(config.price if named.priced else (None, None)))
+        cost, depletion = (None if kind == "none" else kind for kind in (config.cost_unit, config.depletion_kind))
+        pricing = None
+        if not named.priced and (cost or depletion):
+            pricing = Pricing(cost, depletion is not None, named.degree)  # type: ignore[arg-type]
+        importance = named.make(config.seed, cost, depletion)
         print(
             f"scoring channels ({config.importance}), searching{', refitting' * config.compensate}",
             file=sys.stderr,
@@ -125,6 +130,7 @@ class Planner:
             loss_fn=None if named.loss is None else named.loss(config.seed),
             steps=config.steps,
             progress=True,
+            pricing=pricing,
         )
 
     def probe(self, model: nn.Module) -> None:

@@ -165,8 +165,9 @@ def read_group(group: Any) -> GroupRecord:
         produces = (
             out and not isinstance(module, NOT_PRODUCERS) and (not elementwise or isinstance(module, WRITERS))
         )
-        consumes = not out and isinstance(module, (_ConvNd, nn.Linear))
-        reads = not out and not consumes and not isinstance(module, NOT_PRODUCERS)
+        inputs = not out and graph.is_in_channel_pruning_fn(dep.handler)  # else a number that a module keeps
+        consumes = inputs and isinstance(module, (_ConvNd, nn.Linear))
+        reads = inputs and not consumes and not isinstance(module, NOT_PRODUCERS)
         if not produces and not consumes and not reads:
             continue
         name = graph._module2name[module]

@@ -17,6 +17,7 @@ from ..errors import StructureError
 from ..importance.pro import PROImportance
 from .loop import Loop, Options, Scope
 from .measure import Meter, Unit
+from .pricing import Pricing
 from .result import PruneResult
 from .scoring import Importance, LossFn, Scorer
 from .structure import Forward, Transform
@@ -133,6 +134,7 @@ def prune_layers(
     loss_fn: LossFn | None = None,
     seed: int,
     progress: bool,
+    pricing: Pricing | None = None,
 ) -> PruneResult:
     """:func:`prune`, with other ratios for some layers.
 
@@ -155,6 +157,7 @@ def prune_layers(
         loss_fn: as there.
         seed: as there.
         progress: as there.
+        pricing: of scores, for importances that do not know costs.
     """
     unit, target = _target(targets)
     _check(scope, steps, round_to, max_pruning_ratio, unit, target)
@@ -178,7 +181,7 @@ def prune_layers(
     importance = _default(seed, scope, unit) if importance is None else importance
     scorer = Scorer(
         importance, loader, loss_fn=loss_fn, forward_fn=forward_fn, output_transform=output_transform, seed=seed,
-        progress=progress,
+        progress=progress, pricing=pricing, example_inputs=example_inputs,
     )  # fmt: skip
     refit = copy.deepcopy(compensation) if isinstance(compensation, Compensation) else Compensation()
     with _seeded(seed, device):

@@ -15,6 +15,8 @@ from ..calibration.calibrated import Calibrated
 from ..calibration.guard import evaluating
 from ..calibration.losses import LogitNoise, cross_entropy
 from ..errors import ScoreError
+from ..estimators.ranking import unit_scores
+from .pricing import Pricing
 from .structure import Forward, Structure, Transform, forward, tensors_in
 
 Importance = Callable[[Any], "Tensor | None"]
@@ -33,6 +35,8 @@ class Scorer:
         output_transform: of the outputs, before the loss.
         seed: of the noise.
         progress: show progress bars.
+        pricing: makes scores comparable over groups.
+        example_inputs: for the pricing.
     """
 
     def __init__(
@@ -45,10 +49,13 @@ class Scorer:
         output_transform: Transform | None = None,
         seed: int = 0,
         progress: bool = True,
+        pricing: Pricing | None = None,
+        example_inputs: Any = None,
     ) -> None:
         self._given, self._loader, self._loss_fn = importance, loader, loss_fn
         self._forward_fn, self._output_transform = forward_fn, output_transform
         self._seed, self._progress = seed, progress
+        self._pricing, self._example_inputs = pricing, example_inputs
 
     def scores(self, structure: Structure) -> tuple[dict[str, Tensor], dict[str, str]]:
         """One score per unit of each group, and why groups have none.
@@ -141,9 +148,10 @@ class Scorer:
                 )
             if not values.isfinite().all():
                 raise ScoreError(f"{name} returned scores for {key!r} that are not finite")
-            total = torch.zeros(prunable.units, dtype=torch.float64).index_add_(0, prunable.unit, values)
-            scores[key] = total / torch.bincount(prunable.unit, minlength=prunable.units)
-        return scores, unscored
+            scores[key] = values
+        if self._pricing is not None and scores:
+            scores = self._pricing.apply(scores, structure, self._example_inputs)
+        return {key: unit_scores(values, structure.groups[key].unit) for key, values in scores.items()}, unscored
 
 
 def _samples(inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:

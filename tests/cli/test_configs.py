@@ -57,6 +57,9 @@ def test_the_command_line_wins():
         ({"importance": "pro-mean", "depletion": "log"}, "macs", "log"),
         ({"importance": "pro", "params": 0.5, "macs": None}, "params", "coupled"),
         ({"importance": "l2"}, "none", "none"),
+        ({"importance": "l2", "cost": "macs"}, "macs", "none"),
+        ({"importance": "l2", "depletion": "log"}, "none", "log"),
+        ({"importance": "l2", "depletion": "log", "scope": "local"}, "none", "none"),
     ],
 )
 def test_cost_and_depletion_that_are_meant(flags, unit, depletion):

@@ -176,7 +176,7 @@ def _plan(config):
 def test_the_largest_ratio_holds_over_all_steps(scope, folder, weights):
     config = PruneRunConfig(
         model="test_resnet", data_dir=folder, img_size=32, checkpoint=weights, macs=0.2, workers=0, steps=2,
-        importance="l2", calibration_images=8, compensate=False, max_pruning_ratio=0.62, scope=scope,
+        importance="l2", cost="macs", calibration_images=8, compensate=False, max_pruning_ratio=0.62, scope=scope,
     )  # fmt: skip
     made = _plan(config)
     after = made.record()["widths"]
