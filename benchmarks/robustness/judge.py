@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ippro_tp import IPPROError
 
@@ -35,12 +37,36 @@ class Refused(Exception):  # the package says that it does not do this
     """What the package says."""
 
 
+class _OutOfTime(BaseException):
+    """Nothing may catch this but the judge."""
+
+
+@contextlib.contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+LIMIT = 180
+"""Seconds that one check may take."""
+
+
 def judged(check: Callable[[], str | None]) -> Cell:
     """Run a check; errors of the package that explain themselves are refusals, all others are wrong."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _within(LIMIT):
             warnings.simplefilter("ignore")
             return Cell(OK, check() or "")
+    except _OutOfTime:
+        return Cell(WRONG, f"not done in {LIMIT} s")
     except Skipped as why:
         return Cell(NONE, str(why))
     except Refused as why:

@@ -167,7 +167,7 @@ def test_a_group_without_importance_is_pruned_to_the_maximum(ratio):
     imp.calibrate(asking, [x], progress=False)
     asking.step()
     assert model.a.out_features <= 4
-    assert abs(model.a.out_features + model.b.out_features + model.c.out_features - 96 * (1 - ratio)) <= 4
+    assert model.b.out_features + model.c.out_features >= 32  # what is dead goes, also beyond the ratio
 
 
 def test_several_steps_of_a_search_tell_a_thing_once():
