@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ippro_tp import NotCalibratedError, ObservationError, SpaSPImportance, StaleStatisticsError
 from ippro_tp.cli.cifar_resnet import CifarResNet
 from ippro_tp.estimators import spasp_math as maths
+from ippro_tp.estimators import spasp_ranking as ranking
 from ippro_tp.importance import spasp
 
 WEIGHTS = Path(__file__).parents[1].parent / "shared" / "weights" / "cifar10_resnet20.safetensors"
@@ -779,18 +780,18 @@ def test_the_iteration_ends_and_half_is_the_top_of_the_activations(seed, units, 
     response.activation += h
     response.add_factors(weight, weight * h)
     sizes = torch.arange(1, units)
-    chosen = maths.select(response, sizes, 50)
+    chosen = ranking.select(response, sizes, 50)
     assert torch.equal(chosen.sum(1), sizes)
-    assert torch.equal(chosen, maths.select(response, sizes, 51))
+    assert torch.equal(chosen, ranking.select(response, sizes, 51))
     for size in sizes[2 * sizes >= units].tolist():
         assert torch.equal(chosen[size - 1], top(h, size))
-    votes = chosen.sum(0) + maths.ascending_ranks(h) / units
-    torch.testing.assert_close(maths.vote_scores(response, 50), votes / units)
+    votes = chosen.sum(0) + ranking.ascending_ranks(h) / units
+    torch.testing.assert_close(ranking.vote_scores(response, 50), votes / units)
 
 
 def test_strictly_increasing():
     values = torch.tensor([0.0, 0.0, 1e-3, 1e-3, 1.0, 1.0 + 1e-9, 5.0], dtype=torch.float64)
-    rising = maths.strictly_increasing(values)
+    rising = ranking.strictly_increasing(values)
     assert rising.dtype == torch.float32
     assert (rising.diff() > 0).all()
     torch.testing.assert_close(rising.double(), values, rtol=1e-6, atol=1e-6)

@@ -29,6 +29,7 @@ from benchmarks.harness.prune import apply, build_pruner
 from benchmarks.harness.tables import spread
 from ippro_tp import PROImportance, SpaSPImportance
 from ippro_tp.estimators import spasp_math as maths
+from ippro_tp.estimators import spasp_ranking as ranking
 
 PIXELS, CLASSES = 28 * 28, 10
 ARMS = ("i-SpaSP", "Top-K", "L1", "PRO")
@@ -229,7 +230,7 @@ def _residuals(width: int, power: float, sizes: Tensor, generator: torch.Generat
     response = maths.Response.zero(width, torch.device("cpu"))
     response.activation += hidden.sum(1)
     response.add_factors(weight, weight * hidden.sum(1))
-    chosen = maths.select(response, sizes, 20)
+    chosen = ranking.select(response, sizes, 20)
     return torch.stack([(weight @ (hidden * ~mask[:, None])).square().sum() for mask in chosen])
 
 

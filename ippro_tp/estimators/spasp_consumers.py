@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ObservationError
 from . import spasp_math as maths
+from . import spasp_ranking as ranking
 from .spasp_math import Response
 
 Summed = tuple[Tensor, Tensor]
@@ -100,7 +101,7 @@ class Consumer:
         own = maths.summed_by_unit(energy[index][:, index], unit, units)
 
         def removal(rank: Tensor) -> Tensor:
-            return maths.removal_energy_of_matrix(maths.summed_by_unit(own, rank, units))
+            return ranking.removal_energy_of_matrix(maths.summed_by_unit(own, rank, units))
 
         response.removals.append(removal)
         response.matrix = own if response.matrix is None else response.matrix + own
@@ -117,7 +118,7 @@ class Consumer:
         for total, count in inputs:
             if not (is_plain_linear(self.module) or is_plain_conv(self.module)):
                 contribution, size = self._other_contribution(total, index)
-                energies += maths.removal_energy(contribution, rank, units, size) / count
+                energies += ranking.removal_energy(contribution, rank, units, size) / count
                 continue
             taps, positions = _columns(self.module, total[:1]).shape[1:]
             size = len(self.gain) * positions
@@ -125,9 +126,9 @@ class Consumer:
             if taps == 1 and len(index) * (len(self.gain) + positions + 100) < 200 * size:
                 read = _columns(self.module, total).view(getattr(self.module, "groups", 1), -1, positions)
                 products = maths.energy_matrix(self._flat_weight(), read @ read.mT)[index][:, index]
-                path = maths.removal_energy_of_matrix(maths.summed_by_unit(products, rank, units))
+                path = ranking.removal_energy_of_matrix(maths.summed_by_unit(products, rank, units))
             else:
-                path = maths.removal_energy(self._plain_contribution(total, index), rank, units, size)
+                path = ranking.removal_energy(self._plain_contribution(total, index), rank, units, size)
             energies += path / count
         return energies
 

@@ -14,7 +14,7 @@ from ..calibration.calibrated import Calibrated, LossFn
 from ..calibration.inputs import InputObservation
 from ..calibration.losses import cross_entropy
 from ..errors import StaleStatisticsError
-from ..estimators import spasp_math as maths
+from ..estimators import spasp_ranking as ranking
 from ..estimators.spasp_consumers import Consumer, Summed, gram
 from ..estimators.spasp_math import Response
 from ..estimators.sums import Sums
@@ -166,9 +166,9 @@ class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ign
             if response is None:
                 return None
             if ties.kept is not None:
-                scores = maths.cut_scores(response, ties.kept, self.iterations)
+                scores = ranking.cut_scores(response, ties.kept, self.iterations)
             else:
-                scores = maths.removal_scores(response, self.iterations)
+                scores = ranking.removal_scores(response, self.iterations)
             scores = scores[ties.unit.to(scores.device)]
             total = scores if total is None else total + scores
         assert total is not None
