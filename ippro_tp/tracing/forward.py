@@ -129,12 +129,6 @@ class Forward:
         branch = require_grad(x).view_as(x)
         self.flow.set(branch, label)
         axis = channel_axis(module, branch)
-        rest = [i for i in range(branch.dim()) if i != axis]
-        total = branch.detach().sum(rest, dtype=torch.promote_types(branch.dtype, torch.float32))
-        total = total.double() if x.device.type != "mps" else total
-        rows = torch.full_like(total[0], branch.numel() // branch.shape[axis])
-        before = self.current.reads.get(name)
-        self.current.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
         found = self._places.place("inputs", name, (Term(branch),), branch, axis)
         self.reader_taps.setdefault(name, []).append(found)
         return branch

@@ -1,10 +1,10 @@
 """Measuring which rows of every tapped tensor belong to which sample, by running a model on a few samples.
 
-Two samples are run, and run again with one of them replaced, then the other: the rows of a tensor that change are
-that sample's (:mod:`tracing.rows`), whatever functions the model calls. Random numbers are the same in all runs,
-layers without parts (BatchNorm, dropout) are in eval mode, and the model is left as it was. Where nothing changes
-(a table of positions, learned queries) the gradients say whose the rows are: those of all samples' outputs reach a
-table, those of one sample's its own copy.
+Two samples are run, and run again with the first replaced: the rows of a tensor that change are that sample's
+(:mod:`tracing.rows`), whatever functions the model calls. Random numbers are the same in all runs, layers without
+parts (BatchNorm, dropout) are in eval mode, and the model is left as it was. Where nothing changes (a table of
+positions, learned queries) the gradients say whose the rows are: those of all samples' outputs reach a table,
+those of one sample's its own copy.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class Recording:
             generator = torch.Generator().manual_seed(0)
             self._weights[size] = (0.5 + torch.rand(size[0], generator=generator)).to(x.device)
         with torch.no_grad():
-            shape = [1] * x.dim()
-            shape[axis] = -1
-            self.marks[key] = (x.detach().float() * self._weights[size].view(shape)).sum(axis).flatten()
+            self.marks[key] = _weighted(x.detach().float(), self._weights[size], axis).flatten()
 
 
 class Layouts:
@@ -134,7 +132,6 @@ class Layouts:
         return first, found[0].samples
 
     def _try(self, arrangement: Arrangement, samples: int) -> dict[Key, Rows]:
-        replaced = (0, 1)
         with untouched(self._model) as again:
 
             def run(call: Call, keep: frozenset[Key] = frozenset()) -> Recording:
@@ -144,33 +141,46 @@ class Layouts:
                     recording.outputs = list(_floating(self._model(*call[0], **call[1])))
                 return recording
 
-            base = run(arrangement.first(samples))
-            others = [run(arrangement.replaced(samples, sample)) for sample in replaced]
+            base, other = run(arrangement.first(samples)), run(arrangement.replaced(samples, 0))
             rows: dict[Key, Rows] = {}
             unclear: set[Key] = set()
             for key, mark in base.marks.items():
-                marks = [other.marks.get(key) for other in others]
-                if any(m is None or m.shape != mark.shape for m in marks):
+                now = other.marks.get(key)
+                if now is None or now.shape != mark.shape:
                     why = "the number of its rows depends on what is in them"
                     rows[key] = Rows("mixed", count=len(mark), samples=samples, why=why)
                     continue
-                changed = {k: differ(mark, m) for k, m in zip(replaced, marks, strict=True) if m is not None}
-                found = infer(changed, samples)
+                found = infer({0: differ(mark, now)}, samples)
                 if found is None:
                     unclear.add(key)
                 rows[key] = found if found is not None else shared(len(mark), samples)
             if any(rows[key].count % samples == 0 for key in unclear):
-                changed_outputs = [_changes(base.outputs, other.outputs) for other in others]
-                last = run(arrangement.first(samples), frozenset(unclear))
-                rows |= _by_gradients(last, changed_outputs, samples)
+                last = run(arrangement.replaced(samples, 1))
+                changed = [_changes(base.outputs, each.outputs) for each in (other, last)]
+                rows |= _by_gradients(run(arrangement.first(samples), frozenset(unclear)), changed, samples)
         return rows
+
+
+def _weighted(x: Tensor, weights: Tensor, axis: int) -> Tensor:
+    """The sum of ``x`` times ``weights`` along an axis."""
+    if axis == x.dim() - 1:
+        return x @ weights
+    if axis == 1 and x.is_contiguous():
+        return weights @ x.flatten(2)
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return (x * weights.view(shape)).sum(axis)
 
 
 def differ(before: Tensor, after: Tensor) -> Tensor:
     """Which entries differ by more than a device's own irregularities: both ``(rows,)``, the result bool."""
-    scale = before.nan_to_num(0, 0, 0).abs().max() if len(before) else before.sum()
-    both_nan = before.isnan() & after.isnan()
-    return ~(((before - after).abs() <= 1e-5 * scale) | (before == after) | both_nan)
+    scale = before.abs().max() if len(before) else before.sum()
+    close = (before - after).abs() <= 1e-5 * scale
+    if bool(scale.isfinite()):
+        return ~close
+    scale = before.nan_to_num(0, 0, 0).abs().max()
+    close = (before - after).abs() <= 1e-5 * scale
+    return ~(close | (before == after) | (before.isnan() & after.isnan()))
 
 
 def _changes(before: list[Tensor], after: list[Tensor]) -> list[Tensor | None]:

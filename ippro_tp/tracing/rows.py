@@ -62,7 +62,7 @@ def infer(changed: Mapping[int, Tensor], samples: int) -> Rows | None:
     layouts agree, which takes rows that hardly any sample changes, the one with the fewest blocks is taken.
 
     Args:
-        changed: for each of some samples, two at least, ``(rows,)`` bool.
+        changed: for one sample or several, ``(rows,)`` bool.
         samples: size of the batch.
 
     Returns:
@@ -74,11 +74,12 @@ def infer(changed: Mapping[int, Tensor], samples: int) -> Rows | None:
         Rows(kind='samples', outer=2, count=4, samples=2, why='')
     """
     masks = {sample: mask.cpu() for sample, mask in changed.items()}
-    count = len(next(iter(masks.values())))
-    owners = torch.stack(list(masks.values())).sum(0)
-    if not owners.any():
+    first, *others = masks.values()
+    count = len(first)
+    if not any(mask.any() for mask in masks.values()):
         return None
-    if (owners > 1).any():
+    overlap = bool((torch.stack([first, *others]).sum(0) > 1).any()) if others else count > 1 and bool(first.all())
+    if overlap:
         return Rows("mixed", count=count, samples=samples, why="its values depend on several samples of the batch")
     if count % samples:
         return Rows("mixed", count=count, samples=samples, why=f"it sees {count} rows for {samples} samples")

@@ -52,7 +52,18 @@ class Taps:
         tap = Tap(terms, y, axis, batch, sink, name, gradients=kind == "inputs", outer=1 if outer == 0 else outer)
         for term in tap.terms:
             self._by_storage.setdefault(term.storage, []).append(weakref.ref(tap))
+        if kind == "inputs":
+            self._add_up(name, y, axis)
         return tap
+
+    def _add_up(self, name: str, x: Tensor, axis: int) -> None:
+        """Add what a reader reads of each channel to what it has read in this pass."""
+        rest = [i for i in range(x.dim()) if i != axis]
+        total = x.detach().sum(rest, dtype=torch.promote_types(x.dtype, torch.float32))
+        total = total.double() if x.device.type != "mps" else total
+        rows = torch.full_like(total[0], x.numel() // x.shape[axis])
+        before = self._pass.reads.get(name)
+        self._pass.reads[name] = (total, rows) if before is None else (before[0] + total, before[1] + rows)
 
     def before_overwriting(self, x: Tensor, but: Tap | None = None) -> None:
         """Let all taps but one keep copies of what they read in the memory of ``x``."""
