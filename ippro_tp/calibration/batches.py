@@ -144,9 +144,11 @@ def _unpack(batch: Any) -> tuple[Any, Any]:
             return batch[0], batch[1]
         if len(batch) == 1:
             return batch[0], None
+        if len(batch) == 0:
+            return batch, None
         raise ValueError(
             f"a batch of {len(batch)} parts is ambiguous: give (inputs, targets), with inputs a tuple if the "
-            "model takes several."
+            "model takes several, or (images, None) for a list of images."
         )
     return batch, None
 

@@ -401,6 +401,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     args, kwargs = arrangements(args, kwargs)[0].first(1)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
     try:
         for p, _ in flags:
             p.requires_grad_(True)  # TP follows autograd: frozen layers would be invisible
@@ -408,6 +409,11 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             return tp.DependencyGraph().build_dependency(
                 model, example_inputs=None, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False
             )
+    except BaseException:
+        for present, before in hooks:  # Torch-Pruning leaves its own behind
+            present.clear()
+            present.update(before)
+        raise
     finally:
         for module, mode in modes:
             module.training = mode

@@ -81,6 +81,8 @@ class GradientObservation:
                 "no gradient reached the model inside observe(): call loss.backward() for each batch, with a "
                 "loss that depends on the model's output."
             )
+        if lost := sorted(self._observer.unfollowed):
+            self.notes += (f"channels are not followed through {', '.join(lost)}: scored at their producers",)
         self._tell_unit()
         self._tell_unreached()
         if self._kept is None:

@@ -10,7 +10,7 @@ function, a method or an in-place operation, and how often a module is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, ValuesView
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..records import Label, Span
 from .tensormap import TensorMap
+from .trial import Trials
 
 # fmt: off
 ACTIVATIONS = frozenset({
@@ -38,6 +39,14 @@ MIXING = frozenset({
 # fmt: on
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, ValuesView)):
+        for each in value:
+            yield from _tensors(each)
+
+
 def _union(labels: list[Label]) -> Label:
     axis = labels[0].axis
     spans = dict.fromkeys(span for label in labels if label.axis == axis for span in label.spans)
@@ -45,9 +54,17 @@ def _union(labels: list[Label]) -> Label:
 
 
 class ChannelFlow:
-    """Labels of the tensors of one forward pass."""
+    """Labels of the tensors of one forward pass.
 
-    def __init__(self) -> None:
+    Where channels go is told by the names of functions and by shapes, and then tried (:mod:`tracing.trial`): a
+    label that the trial contradicts is dropped, and where names say nothing, the trial may.
+
+    Args:
+        trials: what is known of functions from other passes.
+    """
+
+    def __init__(self, trials: Trials | None = None) -> None:
+        self._trials = trials if trials is not None else Trials()
         self._labels: TensorMap[Label] = TensorMap()
         self.crossed: set[frozenset[str]] = set()  # layers whose channels met along different axes
 
@@ -67,6 +84,22 @@ class ChannelFlow:
         first = args[0] if args else next(iter(kwargs.values()), None)
         if name in MIXING:
             return
+        before = [(x, label) for x in _tensors((args, kwargs.values())) if (label := self[x]) is not None]
+        if not before:
+            return
+        self._claim(name, first, args, kwargs, out)
+        parts = [part for part in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(part, Tensor)]
+        claimed = [(number, label) for number, part in enumerate(parts) if (label := self[part]) is not None]
+        if claimed and not self._trials.holds(func, args, kwargs, before, claimed):
+            for part in parts:
+                self.set(part, None)
+            claimed = []
+        if not claimed and len(before) == 1 and isinstance(out, Tensor):
+            axis = self._trials.axis(func, args, kwargs, before[0], out)
+            self.set(out, None if axis is None else replace(before[0][1], axis=axis))
+
+    def _claim(self, name: str, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Label the result by the name of the function."""
         if name in ("cat", "concat", "concatenate"):
             self._concat(first, args, kwargs, out)
             return

@@ -21,6 +21,7 @@ from .flow import ACTIVATIONS, ChannelFlow
 from .norms import NormScales
 from .taps import Places
 from .tensormap import TensorMap
+from .trial import Trials
 
 _NORM_CALLS = {"batch_norm", "instance_norm", "group_norm"}
 _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "threshold_"}
@@ -45,6 +46,7 @@ class Plan:
         owners: weight -> its layer, for uses of weights that go past their layer.
         reads_of: layer whose weight read channels -> the layers they are of.
         scales: of BatchNorm layers in eval mode.
+        trials: what functions do to channels.
     """
 
     activations: bool = False
@@ -54,6 +56,7 @@ class Plan:
     owners: dict[Tensor, str] = field(default_factory=dict)
     reads_of: dict[str, set[str]] = field(default_factory=dict)
     scales: NormScales = field(default_factory=NormScales)
+    trials: Trials = field(default_factory=Trials)
 
 
 def channel_axis(module: nn.Module, output: Tensor) -> int:

@@ -109,6 +109,11 @@ class Observer(TorchFunctionMode):
         """Layers whose rows cannot be given to single samples, and why: the batch is then the unit."""
         return self._layouts.mixed
 
+    @property
+    def unfollowed(self) -> set[str]:
+        """Functions through which channels were not followed, although their names promise it."""
+        return self._plan.trials.contradicted
+
     def flush(self) -> None:
         """Hand over every pass that has received gradients. Called between forward passes and at the end."""
         done, self._dirty = self._dirty, []
@@ -143,7 +148,7 @@ class Observer(TorchFunctionMode):
             self._busy = False
         current = Pass(1 if self.mixed else self._layouts.samples, self._loss_scale())
         places = Taps(current, self._layouts, self._note)
-        self._now = Forward(current, self._plan, places, ChannelFlow(), self.passes == 0)
+        self._now = Forward(current, self._plan, places, ChannelFlow(self._plan.trials), self.passes == 0)
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._busy:
@@ -186,7 +191,7 @@ class Observer(TorchFunctionMode):
     def _recording(self, recording: Recording, samples: int) -> Iterator[None]:
         """Calls of the model inside note in ``recording`` what would be tapped."""
         current = Pass(samples)
-        self._now = Forward(current, self._plan, Recorder(recording), ChannelFlow(), False)
+        self._now = Forward(current, self._plan, Recorder(recording), ChannelFlow(self._plan.trials), False)
         try:
             yield
         finally:
