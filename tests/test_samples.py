@@ -95,13 +95,14 @@ class Detector(nn.Module):
 class Table(nn.Module):
     """Positions that a layer makes, added from either side."""
 
-    def __init__(self, first):
+    def __init__(self, first, one=False):
         super().__init__()
         self.e, self.pos, self.up, self.f = nn.Linear(6, 8), nn.Linear(1, 8), nn.Linear(8, 6), nn.Linear(6, 4)
-        self.first = first
+        self.first, self.one = first, one
 
     def forward(self, x):
         t, p = self.e(x), self.pos(torch.linspace(-1, 1, x.shape[1])[:, None])
+        p = p[None] if self.one else p
         return self.f(F.relu(self.up(p + t if self.first else t + p)).mean(1))
 
 
@@ -201,6 +202,9 @@ CASES = {
     "unfolded": Case(Unfolded, *tensors(IMAGES)),
     "images": Case(Detector, list(IMAGES), [[x] for x in IMAGES]),
     "images, a tuple": Case(Detector, tuple(IMAGES), [(x,) for x in IMAGES]),
+    "table behind": Case(lambda: Table(False), *tensors(TOKENS)),
+    "table before": Case(lambda: Table(True), *tensors(TOKENS)),
+    "table with one row for all": Case(lambda: Table(True, one=True), *tensors(TOKENS)),
     "queries": Case(Queries, *tensors(TOKENS)),
     "encoder": Case(lambda: Encoder(True), *tensors(TOKENS)),
     "encoder, tokens first": Case(lambda: Encoder(False), *tensors(TOKENS)),

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..records import Work
 from ..tracing.flops import MacCounter, counting
+from ..tracing.probe import untouched
 from .guard import preserved
 
 
@@ -31,7 +32,7 @@ def measure_work(model: nn.Module, args: Any, kwargs: dict[str, Any], layers: It
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     devices = {p.device.index or 0 for p, _ in flags if p.device.type == "cuda"}
-    with preserved(model), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+    with untouched(model), preserved(model), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
         model.eval()
         for p, _ in flags:
             p.requires_grad_(p.is_floating_point() or p.is_complex())

@@ -30,6 +30,11 @@ READS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_trans
 _PRODUCTS = {"mul", "mul_", "__imul__", "multiply", "multiply_"}
 _SUMS = {"add", "add_", "__iadd__"}
 _SCALINGS = {*_PRODUCTS, *_SUMS, "div", "div_", "__itruediv__", "true_divide", "divide"}
+_BROADCASTING = {*_SCALINGS, "sub", "sub_", "__isub__", "subtract", "__add__", "__radd__", "__mul__", "__rmul__"}
+_VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "to",
+    "contiguous", "__getitem__", "narrow",
+}  # fmt: skip
 _TAKES_INPLACE = ACTIVATIONS | {"dropout", "dropout2d"}
 _INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
 
@@ -85,6 +90,7 @@ class Forward:
         self._open: set[str] = set()  # layers whose sigma has not been met yet
         self._fresh: tuple[weakref.ref[Tensor], Tap | None] | None = None  # of the tensor nobody has read yet
         self._made_of: TensorMap[tuple[int, tuple[Term, ...]]] = TensorMap()  # its version, what it is a sum of
+        self._tables: TensorMap[tuple[str, Tensor, int]] = TensorMap()  # layer, the same untapped, its version
         self._gates: TensorMap[tuple[int, Tap | None]] = TensorMap()  # what came of an activation: site, tap
 
     # -- layers ----------------------------------------------------------------------------------------------
@@ -111,8 +117,11 @@ class Forward:
             )
         if is_norm:
             return self._norm_output(name, args[0], first)
-        tapped = require_grad(first)
+        source = tapped = require_grad(first)
         axis = channel_axis(module, tapped)
+        if name not in self._plan.untapped and self._places.is_table(name):
+            tapped = source.view_as(source)  # what goes past the tap, and is tapped sample by sample
+            self._tables[tapped] = name, source, source._version
         self.flow.set(tapped, Label(axis, (Span(name, 0, tapped.shape[axis]),)))
         self._tap_output(name, tapped, axis)
         return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
@@ -180,6 +189,8 @@ class Forward:
             if (owner := self._plan.owners.get(weight)) is not None:
                 self._plan.reads_of.setdefault(owner, set()).update(span.layer for span in label.spans)
         fresh, self._fresh = self._fresh, None
+        if len(self._tables) and name in _BROADCASTING and len(args) == 2 and not kwargs:
+            args = self._spread(args)
         gated = self._gated(name, args) if name in _SCALINGS else None
         if inplace and isinstance(x, Tensor):
             self._places.before_overwriting(x)
@@ -198,7 +209,31 @@ class Forward:
             layer, self._norms[-1] = self._norms[-1], None
             return self._norm_output(layer, x, out, self._plan.scales.of(layer, func, args, kwargs))
         self.flow.propagate(func, args, kwargs, out)
+        table = self._tables.get(x) if len(self._tables) and name in _VIEWS and isinstance(x, Tensor) else None
+        if table is not None and isinstance(out, Tensor):
+            self._tables[out] = table[0], func(table[1], *args[1:], **kwargs), table[2]
         return out
+
+    def _spread(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Where a table meets a tensor of the samples: each of them gets a copy of its own, and a tap on it.
+
+        What flows back through them is told apart by sample; at the table it would be one sum.
+        """
+        for number, (x, other) in enumerate((args, args[::-1])):
+            table = self._tables.get(x) if isinstance(x, Tensor) and isinstance(other, Tensor) else None
+            label = self.flow[x]
+            if table is None or label is None or other in self._tables or table[1]._version != table[2]:
+                continue
+            if x.shape == other.shape or torch.broadcast_shapes(x.shape, other.shape) != other.shape:
+                continue
+            name, source, _ = table
+            copies = source.expand(other.shape)
+            axis = label.axis + other.dim() - x.dim()
+            self.flow.set(copies, Label(axis, label.spans))
+            tap = self._places.place("tables", name, (Term(copies),), copies, axis)
+            self.taps.setdefault(name, []).append(tap)
+            return (copies, other) if number == 0 else (other, copies)
+        return args
 
     def _terms(self, x: Tensor) -> tuple[Term, ...]:
         """What ``x`` is the sum of, as far as autograd keeps it anyway; else ``x`` itself."""

@@ -41,9 +41,13 @@ class Recording:
         self._keep = keep
         self._weights: dict[tuple[int, torch.device], Tensor] = {}
 
+    def is_table(self, key: Key) -> bool:
+        """Whether a tensor may be shared by all samples."""
+        return key in self._keep
+
     def add(self, key: Key, x: Tensor, axis: int) -> None:
         """Note a tensor with channels along ``axis``."""
-        if key in self._keep:
+        if key in self._keep or (self._keep and key[0] == "tables"):
             self.kept[key] = x, axis
         size = (x.shape[axis], x.device)
         if size not in self._weights:  # no two channels weigh the same: what adds up to one does not cancel
@@ -109,6 +113,11 @@ class Layouts:
             return 0
         return rows.outer if rows.kind == "samples" else None
 
+    def is_table(self, key: Key) -> bool:
+        """Whether all samples share a tensor, which is not to be read off its own shape."""
+        rows = self._now.get(key)
+        return rows is not None and rows.kind == "shared" and not self.mixed
+
     def _measure(self, found: list[Arrangement]) -> tuple[Mapping[Key, Rows], int]:
         """The rows of all tensors for the first arrangement that has none mixed, else for the likeliest."""
         first: Mapping[Key, Rows] | None = None
@@ -154,10 +163,12 @@ class Layouts:
                 if found is None:
                     unclear.add(key)
                 rows[key] = found if found is not None else shared(len(mark), samples)
-            if any(rows[key].count % samples == 0 for key in unclear):
+            if unclear:
                 last = run(arrangement.replaced(samples, 1))
                 changed = [_changes(base.outputs, each.outputs) for each in (other, last)]
-                rows |= _by_gradients(run(arrangement.first(samples), frozenset(unclear)), changed, samples)
+                graph = run(arrangement.first(samples), frozenset(unclear))
+                tables = {k: shared(x.numel() // x.shape[a], samples) for k, (x, a) in graph.kept.items()}
+                rows |= tables | _by_gradients(graph, changed, samples)
         return rows
 
 

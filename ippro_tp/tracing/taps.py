@@ -14,7 +14,7 @@ from ..records import Pass
 from .extension import Tap, Term, storage_of
 from .probe import Key, Layouts, Recording
 
-Kind = Literal["outputs", "activations", "inputs"]
+Kind = Literal["outputs", "activations", "inputs", "tables"]
 
 
 class Places(Protocol):
@@ -22,6 +22,9 @@ class Places(Protocol):
 
     def place(self, kind: Kind, name: str, terms: tuple[Term, ...], y: Tensor, axis: int) -> Tap | None:
         """Tap ``y``, which is made of ``terms`` and has channels along ``axis``."""
+
+    def is_table(self, name: str) -> bool:
+        """Whether all samples share the output that the layer ``name`` gives next."""
 
     def before_overwriting(self, x: Tensor, but: Tap | None = None) -> None:
         """An in-place operation is about to change ``x``, which the tap ``but`` can do with."""
@@ -48,13 +51,17 @@ class Taps:
         """Tap ``y``."""
         outer = self._layouts.outer(_key(self._counts, kind, name), y.numel() // max(y.shape[axis], 1))
         batch = self._layouts.samples if outer != 0 else 1
-        sink = self._sink(getattr(self._pass, kind), name)
+        sink = self._sink(getattr(self._pass, "outputs" if kind == "tables" else kind), name)
         tap = Tap(terms, y, axis, batch, sink, name, gradients=kind == "inputs", outer=1 if outer == 0 else outer)
         for term in tap.terms:
             self._by_storage.setdefault(term.storage, []).append(weakref.ref(tap))
         if kind == "inputs":
             self._add_up(name, y, axis)
         return tap
+
+    def is_table(self, name: str) -> bool:
+        """Whether all samples share the next output."""
+        return self._layouts.is_table(("outputs", name, self._counts.get(("outputs", name), 0)))
 
     def _add_up(self, name: str, x: Tensor, axis: int) -> None:
         """Add what a reader reads of each channel to what it has read in this pass."""
@@ -108,6 +115,10 @@ class Recorder:
         """Note ``y``."""
         with torch._C.DisableTorchFunction():
             self._recording.add(_key(self._counts, kind, name), y, axis)
+
+    def is_table(self, name: str) -> bool:
+        """Whether all samples may share the next output."""
+        return self._recording.is_table(("outputs", name, self._counts.get(("outputs", name), 0)))
 
     def before_overwriting(self, x: Tensor, but: Tap | None = None) -> None:
         """Nothing is read later."""
