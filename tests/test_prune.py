@@ -19,7 +19,9 @@ from torch.nn import functional as F
 import ippro_tp
 from ippro_tp import (
     Compensation,
+    NotCalibratedError,
     PROImportance,
+    Recovery,
     SpaSPImportance,
     StructureError,
     TargetError,
@@ -267,6 +269,29 @@ def test_compensation_can_be_left_out_and_chosen(images):
 
 
 # -- what stays as it was --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_recovery_comes_nearer_to_the_unpruned_model(images, named):
+    model = small().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forward_fn = (lambda net, x: net(x["images"])) if named else None
+    example, batches = images[:1], images.split(8)
+    if named:
+        example, batches = {"images": example}, [{"images": x} for x in batches]
+    how = Recovery(steps=20, batch_size=8)
+    options = {"macs": 0.5, "forward_fn": forward_fn, "progress": False}
+    plain = prune(model, example, batches, **options)
+    result = prune(model, example, batches, recover=how, **options)
+    assert plain.recovered is None
+    assert result.recovered.after < result.recovered.before
+    assert result.recovered.held_out > 0
+    assert "recovered: distance" in str(result)
+    assert result.macs == plain.macs
+    with pytest.raises(NotCalibratedError):  # the one that was given is as it was
+        how.run(result.model, model)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_model_and_random_streams_stay_as_they_were(images):

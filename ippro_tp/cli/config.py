@@ -80,6 +80,8 @@ class PruneRunConfig:
     """Prune in so many steps, calibrating anew before each."""
     compensate: bool = True
     """Refit each layer of the pruned network to what it gave before."""
+    recover: bool = False
+    """After that, distil the unpruned network into it on the calibration images, without labels: minutes."""
     bn_reestimate: Literal["auto", "always", "never"] = "auto"
     """Re-estimate BatchNorm statistics after pruning; auto: without compensation, which sets the means itself."""
     calibration_images: int = 256

@@ -42,9 +42,10 @@ class Plan:
 
     @property
     def compensation(self) -> list[str]:
-        """A line per layer that was refitted, or why it was not; of the last step."""
-        refitted = self.result.steps[-1].refitted
-        return [] if refitted is None else [str(row) for row in refitted.rows]
+        """A line per layer that was refitted, or why it was not; of the last step. Then one for the recovery."""
+        refitted, recovered = self.result.steps[-1].refitted, self.result.recovered
+        rows = [] if refitted is None else [str(row) for row in refitted.rows]
+        return rows if recovered is None else [*rows, f"recovery: {recovered}"]
 
     def record(self) -> dict[str, Any]:
         """Everything but the network, JSON-ready."""
@@ -117,16 +118,15 @@ class Planner:
         if not named.priced and (cost or depletion):
             pricing = Pricing(cost, depletion is not None, named.degree)  # type: ignore[arg-type]
         importance = named.make(config.seed, cost, depletion)
-        print(
-            f"scoring channels ({config.importance}), searching{', refitting' * config.compensate}",
-            file=sys.stderr,
-        )
+        then = ", refitting" * config.compensate + ", recovering" * config.recover
+        print(f"scoring channels ({config.importance}), searching{then}", file=sys.stderr)
         return self._pruned(
             model,
             {name: getattr(config, flag) for name, flag in TARGETS.items()},
             self.batches,
             importance=importance,
             compensation=config.compensate,
+            recover=config.recover,
             loss_fn=None if named.loss is None else named.loss(config.seed),
             steps=config.steps,
             progress=True,

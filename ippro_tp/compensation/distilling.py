@@ -21,6 +21,8 @@ LOOKS = 10
 """Times that the held-out samples are looked at."""
 WARM_UP = 0.05
 """Part of the steps in which the learning rate rises to its full value."""
+RISE = 2.0
+"""To how much of what it was the distance may rise in the first half of the steps."""
 BACK_OFF, GIVE_UP = 3.0, 1e-3
 """The learning rate is divided by the first where it destroys; below that part of what it was, the run ends."""
 
@@ -146,11 +148,16 @@ class Distillation:
         return told
 
     def _keep_if_better(self, now: float) -> bool:
-        """Keep the weights if they are the best so far; ``False`` if they are worse than those of the start."""
+        """Keep the weights if they are the best so far; ``False`` if the learning rate destroys.
+
+        While it is high, the distance rises for a while and falls below what it was later; so in the first half
+        it may.
+        """
         if now < self.best:
             self.best, self.kept, self.kept_lr = now, self.step, self._lr
             self._best = [p.detach().clone() for p in self._parameters]
-        return now <= self.before  # False for NaN
+        allowed = RISE if 2 * self.step < self._how.steps else 1.0
+        return now <= allowed * self.before  # False for NaN
 
     @torch.no_grad()
     def _restore(self) -> None:

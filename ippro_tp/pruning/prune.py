@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..calibration.subject import resolve
+from ..compensation.recovery import Recovery
 from ..compensation.step import Compensation
 from ..errors import StructureError
 from ..importance.pro import PROImportance
 from .loop import Loop, Options, Scope
 from .measure import Meter, Unit
 from .pricing import Pricing
+from .recovering import recovered
 from .result import PruneResult
 from .scoring import Importance, LossFn, Scorer
 from .structure import Forward, Transform
@@ -34,6 +36,7 @@ def prune(
     ratio: float | None = None,
     importance: Importance | None = None,
     compensation: bool | Compensation = True,
+    recover: bool | Recovery = False,
     scope: Scope = "global",
     steps: int = 1,
     ignored_layers: Sequence[nn.Module | str] | None = None,
@@ -66,6 +69,8 @@ def prune(
             pass. ``None``: :class:`~ippro_tp.PROImportance`.
         compensation: refit the layers after the cut (see :class:`~ippro_tp.Compensation`); one with other
             settings may be given.
+        recover: after that, train the pruned model for minutes to predict what the unpruned one does on the same
+            samples, without labels (see :class:`~ippro_tp.Recovery`); one with other settings may be given.
         scope: ``"global"``: channels of all layers are ranked together; ``"local"``: all layers lose the same
             fraction.
         steps: cuts on the way to the target, with a new calibration before each.
@@ -102,6 +107,7 @@ def prune(
         {"macs": macs, "params": params, "latency": latency, "ratio": ratio},
         importance=importance,
         compensation=compensation,
+        recover=recover,
         scope=scope,
         steps=steps,
         ignored_layers=ignored_layers,
@@ -124,6 +130,7 @@ def prune_layers(
     *,
     importance: Importance | None,
     compensation: bool | Compensation,
+    recover: bool | Recovery = False,
     scope: Scope,
     steps: int,
     ignored_layers: Sequence[nn.Module | str] | None,
@@ -147,6 +154,7 @@ def prune_layers(
         targets: by unit; all but one ``None``.
         importance: as there.
         compensation: as there.
+        recover: as there.
         scope: as there.
         steps: as there.
         ignored_layers: as there.
@@ -187,13 +195,16 @@ def prune_layers(
     with _seeded(seed, device):
         loop = Loop(copied, options, scorer, loader, refit if compensation is not False else None)
         records = loop.run()
+        report = recovered(
+            copied, given, loader, recover, forward_fn=forward_fn, seed=seed, progress=progress
+        )  # of the weights alone: sizes stay
         meter = Meter(example_inputs, forward_fn)
         before, after = meter.counts(given), meter.counts(copied)
         time = meter.latency(copied, given) if unit == "latency" else None
     copied.zero_grad()
     return PruneResult(
         copied, after.macs / before.macs, after.params / before.params, time, before, after, tuple(records), scope,
-        type(importance).__name__, seed,
+        type(importance).__name__, seed, report,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compensation.recovery import RecoveryReport
 from .counter import Counts
 from .loop import GroupChange, StepRecord
 from .saving import save_pruned
@@ -28,6 +29,7 @@ class PruneResult:
         before, after: MACs and parameters themselves, on the example inputs.
         steps: what each step did to each group and layer.
         scope, importance, seed: as they were given.
+        recovered: what the recovery did; ``None`` without.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class PruneResult:
     scope: str = "global"
     importance: str = "PROImportance"
     seed: int = 0
+    recovered: RecoveryReport | None = None
 
     @property
     def groups(self) -> tuple[GroupChange, ...]:
@@ -102,6 +105,8 @@ class PruneResult:
         else:
             lines += ["", f"refitted: {len(refitted.rows) - len(skipped)} layers"]
             lines += [f"  not refitted: {name}: {reason}" for name, reason in skipped.items()]
+        if self.recovered is not None:
+            lines += ["", f"recovered: {self.recovered}"]
         return "\n".join(lines)
 
     @property
