@@ -11,6 +11,8 @@ from benchmarks.errors import UsageError
 from benchmarks.harness import compare, report
 from benchmarks.overhead import command as overhead
 from benchmarks.paper import calibration_size, correlation, curves, lam, magnitude, mnist_two_layer, reconstruction
+from benchmarks.product import command as product
+from benchmarks.product import figure as product_figure
 from benchmarks.robustness import run as robustness
 from benchmarks.scan import command as scan
 
@@ -26,6 +28,8 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "correlation": (correlation.CorrelationConfig, correlation.run),
     "calibration-size": (calibration_size.CalibrationSizeConfig, calibration_size.run),
     "robustness": (robustness.RobustnessConfig, robustness.run),
+    "product": (product.ProductConfig, product.run),
+    "product-figure": (product_figure.FigureConfig, product_figure.run),
     "scan": (scan.ScanConfig, scan.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""

@@ -1,0 +1,1 @@
+"""`prune()` as its users call it, under several importances."""

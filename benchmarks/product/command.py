@@ -1,0 +1,163 @@
+"""``python -m benchmarks product``: `prune()` at matched targets under several importances, refitted or not.
+
+Where ``compare`` drives Torch-Pruning's own pruners over frozen scores, this command calls :func:`ippro_tp.prune` as
+a user does, heads and streams included, so that transformers and pretrained networks can be compared as well. One
+row a cell; a rerun adds what is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.errors import UsageError
+from benchmarks.tasks import Task, TaskConfig, build_task
+from ippro_tp import IPPROError, PROImportance, Recovery, SpaSPImportance, prune
+
+IMPORTANCES: dict[str, Callable[[], Any]] = {
+    "pro": PROImportance,
+    "ispasp": SpaSPImportance,
+    "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
+    "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    "lamp": tp.importance.LAMPImportance,
+    "fpgm": tp.importance.FPGMImportance,
+    "taylor": tp.importance.GroupTaylorImportance,
+    "random": tp.importance.RandomImportance,
+}
+"""Torch-Pruning's as it ships them, ranked by the same loop, which knows heads and keeps every group alive."""
+COLUMNS = (
+    "model", "importance", "refit", "scope", "target", "seed", "status", "macs", "params", "accuracy", "among",
+    "agreement", "seconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """Compare importances through ``prune()``."""
+
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(task="cifar10"))
+    out: Path = Path("runs/product.csv")
+    """Rows are added to this file."""
+    importances: tuple[str, ...] = ("pro", "l2", "taylor")
+    refits: tuple[str, ...] = ("none", "compensation")
+    """none, compensation, recovery (compensation and then distillation, without labels)."""
+    targets: tuple[float, ...] = (0.75, 0.5)
+    """Fractions of the MACs that are left."""
+    scopes: tuple[str, ...] = ("global",)
+    seeds: tuple[int, ...] = (0,)
+    """Of the calibration sample, and of all that is random."""
+    calibration_images: int = 1000
+    test_images: int = 2000
+    """0: all."""
+    threads: int = 1
+
+
+def run(config: ProductConfig) -> None:
+    """Run all cells that are missing and print each."""
+    for name in config.importances:
+        if name not in IMPORTANCES:
+            raise UsageError(f"unknown importance {name!r}; known: {', '.join(IMPORTANCES)}")
+    torch.set_num_threads(config.threads)
+    task = build_task(config.task)
+    images, labels = _joined(task, config)
+    wanted = _outputs(task.model, images, config.task)
+    done = _read(config.out)
+    base = _figures(wanted, wanted, labels)
+    _write(config.out, done, [task.model_name, "none", "none", "all", 1.0, 0, "ok", 1.0, 1.0, *base, 0.0])
+    for seed in config.seeds:
+        loader = task.calibration(seed, config.calibration_images, min(50, config.task.batch_size))
+        for scope in config.scopes:
+            for target in config.targets:
+                for name in config.importances:
+                    for refit in config.refits:
+                        cell = (task.model_name, name, refit, scope, target, seed)
+                        if tuple(map(str, cell)) not in done:
+                            _write(
+                                config.out,
+                                done,
+                                [*cell, *_cell(task, config, loader, images, labels, wanted, cell)],
+                            )
+
+
+def _cell(
+    task: Task,
+    config: ProductConfig,
+    loader: list,
+    images: list[Tensor],
+    labels: Tensor,
+    wanted: Tensor,
+    cell: tuple,
+) -> list:
+    _, name, refit, scope, target, seed = cell
+    loss_fn = F.cross_entropy if name == "taylor" else None
+    start = time.perf_counter()
+    try:
+        result = prune(
+            task.model,
+            task.example,
+            loader,
+            macs=target,
+            importance=IMPORTANCES[name](),
+            compensation=refit != "none",
+            scope=scope,
+            seed=seed,
+            loss_fn=loss_fn,
+            progress=False,
+        )
+        if refit == "recovery":
+            Recovery(seed=seed).calibrate(task.model, loader, progress=False).run(result.model, task.model)
+    except IPPROError as error:
+        return [f"{type(error).__name__}: {str(error).splitlines()[0][:150]}", *[""] * 6]
+    seconds = time.perf_counter() - start
+    figures = _figures(_outputs(result.model, images, config.task), wanted, labels)
+    return ["ok", round(result.macs, 4), round(result.params, 4), *figures, round(seconds, 1)]
+
+
+def _joined(task: Task, config: ProductConfig) -> tuple[list[Tensor], Tensor]:
+    batches = list(task.evaluation("test", config.test_images, config.task.batch_size))
+    return [images for images, _ in batches], torch.cat([labels for _, labels in batches])
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, images: list[Tensor], config: TaskConfig) -> Tensor:
+    model.eval()
+    return torch.cat([model(batch.to(config.device)).cpu() for batch in images])
+
+
+def _figures(outputs: Tensor, wanted: Tensor, labels: Tensor) -> list[float]:
+    """Per cent: top-1 of all outputs; top-1 among the classes that occur; agreement with the unpruned top-1."""
+    classes = labels.unique()
+    among = classes[outputs[:, classes].argmax(1)]
+    same = (outputs.argmax(1) == labels, among == labels, outputs.argmax(1) == wanted.argmax(1))
+    return [round(100 * float(each.float().mean()), 2) for each in same]
+
+
+def _read(path: Path) -> set[tuple[str, ...]]:
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[name] for name in COLUMNS[:6]) for row in csv.DictReader(file)}
+
+
+def _write(path: Path, done: set[tuple[str, ...]], row: list) -> None:
+    key = tuple(map(str, row[:6]))
+    if key in done:
+        return
+    done.add(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if fresh:
+            writer.writerow(COLUMNS)
+        writer.writerow(row)
+    print(*row, flush=True)

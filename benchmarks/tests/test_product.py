@@ -1,0 +1,45 @@
+"""The comparison through ``prune()`` on the digits network: rows, resuming, the figure."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.harness.finetune import Recipe
+from benchmarks.product.command import _figures
+from benchmarks.tasks import digits
+
+WORDS = "product --task digits --importances l2 --refits none compensation --targets 0.6 --calibration-images 100"
+
+
+def test_rows_are_added_once_and_drawn(tmp_path, monkeypatch):
+    built = digits.build
+    monkeypatch.setattr(digits, "build", lambda config: built(config, Recipe(epochs=3, learning_rate=0.03)))
+    out = tmp_path / "rows.csv"
+    words = [*WORDS.split(), "--test-images", "200", "--out", str(out), "--cache-dir", str(tmp_path)]
+    assert main(words) == 0
+    first = out.read_text()
+    rows = list(csv.DictReader(out.open()))
+    assert [row["refit"] for row in rows] == ["none", "none", "compensation"]
+    assert all(abs(float(row["macs"]) - 0.6) <= 0.01 for row in rows[1:])
+    assert float(rows[2]["agreement"]) >= float(rows[1]["agreement"])
+    assert main(words) == 0
+    assert out.read_text() == first
+    picture = tmp_path / "figure.png"
+    assert main(["product-figure", "--rows", str(out), "--out", str(picture)]) == 0
+    assert picture.stat().st_size > 1000
+
+
+def test_an_unknown_importance_is_named(capsys):
+    assert main(["product", "--task", "digits", "--importances", "l3"]) == 2
+    assert "unknown importance 'l3'" in capsys.readouterr().err
+
+
+def test_figures_are_those_of_the_definitions():
+    outputs = torch.tensor([[0.0, 3, 9], [2, 1, 0], [0, 1, 0]])  # of three classes, two occur
+    wanted = torch.tensor([[0.0, 1, 2], [1, 0, 0], [1, 0, 0]])
+    accuracy, among, agreement = _figures(outputs, wanted, torch.tensor([1, 0, 1]))
+    assert (accuracy, among, agreement) == (pytest.approx(66.67), 100.0, pytest.approx(66.67))
