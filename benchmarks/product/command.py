@@ -1,8 +1,8 @@
 """``python -m benchmarks product``: `prune()` at matched targets under several importances, refitted or not.
 
-Where ``compare`` drives Torch-Pruning's own pruners over frozen scores, this calls :func:`ippro_tp.prune` as a user
-does, heads and streams included, so that transformers and pretrained networks can be compared as well. One row a
-cell; a rerun adds what is missing.
+Where ``compare`` drives Torch-Pruning's own pruners over frozen scores, this calls :func:`ippro_tp.prune` as
+a user does, heads and streams included, so that transformers and pretrained networks can be compared as well.
+One row a cell; a rerun adds what is missing.
 """
 
 from __future__ import annotations
