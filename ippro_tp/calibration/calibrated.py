@@ -20,12 +20,14 @@ from ..records import GroupRecord, Layer
 from ..tracing.arguments import arrangements
 from .batches import batches_of, called
 from .guard import preserved
+from .identity import different, fingerprint, weights_of
 from .losses import notes_of
 from .processes import all_or_none, all_reduce, gather, several, unsynchronised
 from .subject import check_layers, eagerly, resolve
 
 Self = TypeVar("Self", bound="Calibrated")
 LossFn = Callable[[Any, Any], Tensor]
+_Known = weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Tensor]]]
 
 
 class Observation(Protocol):
@@ -54,7 +56,8 @@ class Calibrated(abc.ABC):
         self._sums: Sums | None = None
         self._records: dict[str, GroupRecord] = {}
         self._model: weakref.ref[nn.Module] | None = None
-        self._weights: dict[str, weakref.ref[Tensor]] = {}
+        self._known = _Known()  # the models that the statistics are of, and their weights
+        self._fingerprint: dict[str, Tensor] = {}
         self._cache: dict[str, Any] = {}
         self._notes: tuple[str, ...] = ()  # what the report has to say about the calibration
 
@@ -140,7 +143,9 @@ class Calibrated(abc.ABC):
         self._cache = {}
         self._asked_by(target)
         self._model = weakref.ref(model)
-        self._weights = {n: weakref.ref(w) for n, w in _weights_of(model, records.values()).items()}
+        weights = weights_of(model, records.values())
+        self._known = _Known({model: {name: weakref.ref(weight) for name, weight in weights.items()}})
+        self._fingerprint = fingerprint(weights)
 
     def calibrate(
         self: Self,
@@ -216,7 +221,7 @@ class Calibrated(abc.ABC):
     def reset(self) -> None:
         """Forget all statistics."""
         self._sums, self._records, self._cache, self._notes = None, {}, {}, ()
-        self._model, self._weights = None, {}
+        self._model, self._known, self._fingerprint = None, _Known(), {}
 
     def merge(self, other: Calibrated) -> None:
         """Add the statistics of another object, calibrated on other data with the same model and settings.
@@ -234,6 +239,8 @@ class Calibrated(abc.ABC):
             return
         if {k: r.width for k, r in self._records.items()} != {k: r.width for k, r in other._records.items()}:
             raise ValueError("the two were calibrated on models with different groups or widths.")
+        if (layer := different(self._fingerprint, other._fingerprint)) is not None:
+            raise ValueError(f"the two were calibrated on different models: the weights of {layer!r} differ.")
         self._sums.merge(other._sums)
         self._cache = {}
 
@@ -250,6 +257,7 @@ class Calibrated(abc.ABC):
             "sums": self._sums.state_dict(),
             "groups": [_pack_record(record) for record in self._records.values()],
             "extra": self._extra_state(),
+            "fingerprint": dict(self._fingerprint),
             "notes": list(self._notes),
         }
 
@@ -272,6 +280,7 @@ class Calibrated(abc.ABC):
             records = [_unpack_record(packed) for packed in state["groups"]]
             loaded._records = {record.key: record for record in records}
             loaded._load_extra_state(state["extra"])
+            loaded._fingerprint = dict(state["fingerprint"])
             loaded._notes = tuple(state.get("notes", ()))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -336,17 +345,29 @@ class Calibrated(abc.ABC):
 
     def _replaced(self, model: nn.Module, records: Iterable[GroupRecord]) -> str | None:
         """A layer whose weight is another one than at calibration: pruning replaces weights."""
-        if self._model is None or self._model() is not model:
-            return None  # a copy of the model, or statistics from a file: widths are all that can be compared
-        now = _weights_of(model, records)
-        return next((n for n, w in now.items() if n in self._weights and self._weights[n]() is not w), None)
+        now, then = weights_of(model, records), self._known.get(model, {})
+        return next((n for n, w in now.items() if n in then and then[n]() is not w), None)
 
     def _check_weights(self, model: nn.Module, current: GroupRecord) -> None:
+        self._know(model)
         if (changed := self._replaced(model, [current])) is not None:
             raise StaleStatisticsError(
                 f"the weight of {changed!r} was replaced since calibration: the model has been pruned. Calibrate "
-                "again before the next step."
+                "again before the next step. In a loop of your own over groups, score all groups first, then "
+                "prune."
             )
+
+    def _know(self, model: nn.Module) -> None:
+        """Take ``model`` for the one that was calibrated, if it is that, or a copy with the same weights."""
+        if model in self._known:
+            return
+        weights = weights_of(model, self._records.values())
+        if (other := different(self._fingerprint, weights)) is not None:
+            raise StaleStatisticsError(
+                f"the weights of {other!r} are not those of calibration: the model is another one, or was trained "
+                "or pruned since. Calibrate an importance for each model."
+            )
+        self._known[model] = {name: weakref.ref(weight) for name, weight in weights.items()}
 
     def _how_to_calibrate(self) -> str:
         return (
@@ -360,7 +381,11 @@ class Calibrated(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Object identities mean nothing in another process or in a copy.
-        return {**self.__dict__, "_weights": {}, "_model": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_known"} | {"_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._known = _Known()
 
 
 def _check_same_groups(records: Mapping[str, GroupRecord]) -> None:
@@ -371,12 +396,6 @@ def _check_same_groups(records: Mapping[str, GroupRecord]) -> None:
         raise ObservationError(
             f"rank {odd} calibrated other groups or widths than rank 0. Give every rank the same model and pruner."
         )
-
-
-def _weights_of(model: nn.Module, records: Iterable[GroupRecord]) -> dict[str, Tensor]:
-    names = {layer.name for record in records for layer in record.producers}
-    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in names}
-    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
 
 
 def _match(record: GroupRecord, current: GroupRecord) -> Tensor:

@@ -17,7 +17,8 @@ CAST = 2.0**-6
 def weights_of(model: nn.Module, records: Iterable[GroupRecord]) -> dict[str, Tensor]:
     """The weights of all producers, by layer."""
     names = {layer.name for record in records for layer in record.producers}
-    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in names}
+    modules = dict(model.named_modules())
+    weights = {name: getattr(modules.get(name), "weight", None) for name in names}
     return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
 
 
