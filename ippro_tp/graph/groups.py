@@ -98,6 +98,12 @@ def _tied(group: Any) -> Tensor | None:
     once more, and positions that reach the same index of the same layer are united. Groups whose items all list
     every position, at an index of its own, are not walked: nothing has met.
     """
+    if (unit := getattr(group, "unit", None)) is not None:  # a group of ours knows
+        first_of = torch.full((int(unit.max()) + 1,), len(unit)).scatter_reduce(
+            0, unit, torch.arange(len(unit)), "amin"
+        )
+        tied = first_of[unit]
+        return None if torch.equal(tied, torch.arange(len(tied))) else tied
     root_idxs = list(group[0][1])
     everything = set(root_idxs)
     listed = [item for item in group if getattr(item, "root_idxs", None) and None not in item.root_idxs]

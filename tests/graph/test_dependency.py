@@ -1,0 +1,179 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ippro_tp.graph.dependency import GraphError, build_graph
+from ippro_tp.graph.groups import read_group
+from ippro_tp.graph.onepass import fresh_copy
+from ippro_tp.graph.proof import cut, difference, prove, reference_outputs
+from ippro_tp.graph.provenance import Provenance
+
+from .nets import NETS, Apart, C2f, Functional, Gate, Multihead, Shared, Split, Unknown, Windows
+
+
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch):
+    monkeypatch.setattr(Provenance, "strict", True)
+
+
+def made(kind):
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def silenced(model, group):
+    """A copy of ``model`` in which nobody reads what the group would lose: columns of readers are zero."""
+    silent = copy.deepcopy(model)
+    for dep, idxs in group:
+        module = silent.get_submodule(group._DG._module2name[dep.target.module])
+        if isinstance(module, nn.Embedding):  # a layer that reads shares its weight
+            module.weight.data[:, idxs] = 0
+        reads = not group._DG.is_out_channel_pruning_fn(dep.handler) and isinstance(module, (nn.Linear, nn.Conv2d))
+        if reads and group._DG.is_in_channel_pruning_fn(dep.handler):
+            columns = torch.tensor(idxs)
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                columns = columns[columns < module.weight.shape[1]]
+            module.weight.data[:, columns] = 0
+    return silent
+
+
+@pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
+def test_every_unit_of_every_group_computes_what_the_original_does_without_its_readers(kind):
+    inputs = NETS[kind]
+    graph = build_graph(made(kind), inputs)
+    prove(graph)
+    assert graph._keys
+    for group in graph.get_all_groups():
+        root = next(
+            a for a in graph.axes if a.owner == graph._module2name[group[0].dep.target.module] and a.is_root
+        )
+        for unit in group.unit.unique()[:2]:
+            pruned = fresh_copy(graph.model)
+            cut(graph, pruned, unit.view(1))
+            wanted = silenced(graph.model, graph.group_of(unit.view(1), root))(inputs)
+            torch.testing.assert_close(pruned(inputs), wanted, atol=1e-5, rtol=1e-4)
+
+
+def widths(kind):
+    graph = build_graph(made(kind), NETS[kind])
+    prove(graph)
+    return {
+        read_group(group).key: (len(group[0].idxs), len(group.unit.unique())) for group in graph.get_all_groups()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        (C2f, {"cv1.out": (16, 8), "cv2.out": (12, 12)}),
+        (Split, {"first.out": (12, 12)}),
+        (Windows, {"embed.out": (8, 8), "qkv.out": (24, 4), "fc1.out": (12, 12)}),
+        (Apart, {"embed.out": (8, 8), "q.out": (12, 2)}),
+        (Functional, {"qkv.out": (24, 4)}),
+        (Multihead, {"fc1.out": (12, 12)}),
+        (Gate, {"a.out": (16, 8), "b.out": (10, 5)}),
+        (Shared, {"mid.out": (8, 8)}),
+        (Unknown, {"b.out": (12, 12)}),
+    ],
+)
+def test_groups_and_units(kind, wanted):
+    assert widths(kind) == wanted
+
+
+def test_what_stays_says_why():
+    graph = build_graph(made(Unknown), NETS[Unknown])
+    assert "fft" in graph.left_whole["a.out"]
+    assert "cumsum" in graph.left_whole["c.out"]
+    assert graph.left_whole["d.out"] == "its channels are the model's output"
+    with pytest.raises(GraphError, match="fft"):
+        graph.get_pruning_group(graph.model.a, graph.axes[0].handler, [0])
+
+
+def test_ignored_layers_stay_and_the_model_is_not_touched():
+    model = made(Windows).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = build_graph(model, NETS[Windows], ignored_layers=[model.fc1])
+    prove(graph)
+    assert graph.left_whole["fc1.out"] == "named in ignored_layers"
+    assert model.training
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_tied_weights_stay_tied():
+    model = made(Shared)
+    graph = build_graph(model, NETS[Shared])
+    group = next(iter(graph.get_all_groups()))
+    group.prune([1, 5])
+    assert model.back.weight is model.embed.weight
+    assert model.mid.weight.shape == (6, 6)
+
+
+def test_groups_shrink_after_a_step():
+    model = made(C2f)
+    graph = build_graph(model, NETS[C2f])
+    next(g for g in graph.get_all_groups() if len(g[0].idxs) == 12).prune([0, 3])
+    group = next(g for g in graph.get_all_groups() if graph._module2name[g[0].dep.target.module] == "cv2")
+    assert len(group[0].idxs) == 10
+    group.prune([9])
+    assert model(NETS[C2f]).shape == (2, 5)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_reference_norms_see_the_channels_that_remain(follow):
+    model, x = made(Normed), NETS[Gate]
+    with torch.no_grad():
+        model.norm.weight.normal_()
+        model.norm.bias.normal_()
+    graph = build_graph(model, x)
+    group = next(iter(graph.get_all_groups()))
+    if follow:
+        graph.facts.reads.clear()
+    found = reference_outputs(graph, model, group.unit[[1, 4]])[0]
+    keep = [0, 2, 3, 5, 6, 7]
+    y = model.a(x)[:, keep]
+    y = (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True, unbiased=False) + model.norm.eps).sqrt()
+    y = y * model.norm.weight[keep] + model.norm.bias[keep]
+    torch.testing.assert_close(found, y @ model.b.weight[:, keep].T + model.b.bias)
+
+
+def test_proof_finds_a_wrong_group_and_leaves_it_whole():
+    model, x = made(Windows), NETS[Windows]
+    graph = build_graph(model, x)
+    axis = next(a for a in graph.axes if a.owner == "fc2" and not a.is_output)
+    axis.classes = axis.classes.flip(0)
+    verdicts = prove(graph)
+    assert verdicts["fc1.out"].status == "whole"
+    assert "differs" in graph.left_whole["fc1.out"]
+    assert verdicts["embed.out"].status == "proved"
+
+
+def test_one_split_of_sizes_shrinks_where_its_channels_go():
+    model, x = made(Split), NETS[Split]
+    graph = build_graph(model, x)
+    prove(graph)
+    group = next(iter(graph.get_all_groups()))
+    group.prune([1, 2, 10])
+    assert model.sizes == [2, 7]
+    assert model(x).shape == (3, 3)
+
+
+def test_cut_of_many_units_equals_the_reference():
+    model, x = made(Windows), NETS[Windows]
+    graph = build_graph(model, x)
+    prove(graph)
+    gone = torch.cat([group.unit.unique()[:2] for group in graph.get_all_groups()])
+    pruned = fresh_copy(model)
+    cut(graph, pruned, gone)
+    assert difference([pruned(x)], reference_outputs(graph, model, gone)) < 1e-5
