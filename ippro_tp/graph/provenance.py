@@ -99,8 +99,10 @@ class Provenance(TorchDispatchMode):
 
     def is_wild(self, tensor: Tensor) -> bool:
         """Whether the tensor holds one number only and has no channels."""
+        if self._written and _storage(tensor) in self._written:  # of its parts, those that were not written yet
+            return not any(bool(plane.any()) for plane in self.planes(tensor))
         shadow = self._shadows.get(tensor)
-        return shadow is not None and shadow.wild and _storage(tensor) not in self._written
+        return shadow is not None and shadow.wild
 
     def put(self, tensor: Any, planes: Sequence[Tensor], *, wild: bool = False) -> None:
         """Say what is known of a new tensor."""
@@ -113,13 +115,18 @@ class Provenance(TorchDispatchMode):
 
     def write(self, tensor: Tensor, planes: Sequence[Tensor]) -> None:
         """Say what is known of a tensor that was written into."""
-        if not planes or self.planes(tensor):
-            if planes and not self._written.get(_storage(tensor)):
-                shadow = self._shadows.get(tensor)
-                if shadow is not None and len(planes) > len(shadow.planes):
-                    self.put(tensor, planes)
+        if not planes:
             return
         key = _storage(tensor)
+        if key in self._written:
+            for place, plane in zip(self.planes(tensor), planes, strict=False):
+                place.copy_(torch.where(place == 0, plane.expand(tensor.shape), place))
+            return
+        if self.planes(tensor):
+            shadow = self._shadows.get(tensor)
+            if shadow is not None and len(planes) > len(shadow.planes):
+                self.put(tensor, planes)
+            return
         numel = tensor.untyped_storage().nbytes() // tensor.element_size()
         stores = [torch.zeros(numel, dtype=torch.long) for _ in planes]
         for store, plane in zip(stores, planes, strict=True):

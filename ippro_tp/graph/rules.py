@@ -181,7 +181,7 @@ def meet(mode: Provenance, shape: Sequence[int], operands: Sequence[Tensor]) -> 
     own: list[tuple[tuple[int, ...], set[tuple[int, ...]]]] = []
     for tensor in operands:
         planes = mode.planes(tensor)
-        if not planes and (tensor.numel() < 2 or mode.is_wild(tensor)):
+        if (not planes and tensor.numel() < 2) or mode.is_wild(tensor):
             continue
         keys = set()
         for plane in planes:

@@ -10,7 +10,7 @@ from ippro_tp.graph.onepass import fresh_copy
 from ippro_tp.graph.proof import cut, difference, prove, reference_outputs
 from ippro_tp.graph.provenance import Provenance
 
-from .nets import NETS, Apart, C2f, Functional, Gate, Multihead, Shared, Split, Unknown, Windows
+from .nets import NETS, Apart, C2f, Functional, Gate, InPlace, Multihead, Shared, Split, Unknown, Windows
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,7 @@ def widths(kind):
         (Apart, {"embed.out": (8, 8), "q.out": (12, 2)}),
         (Functional, {"qkv.out": (24, 4)}),
         (Multihead, {"fc1.out": (12, 12)}),
+        (InPlace, {"a.out": (4, 4), "b.out": (4, 4)}),
         (Gate, {"a.out": (16, 8), "b.out": (10, 5)}),
         (Shared, {"mid.out": (8, 8)}),
         (Unknown, {"b.out": (12, 12)}),
