@@ -166,3 +166,17 @@ def test_it_counts_under_inference_mode():
     model, x, macs = HAND["self attention"]
     with torch.inference_mode():
         assert count(model, x).macs == macs
+
+
+def test_a_token_that_a_forward_pass_expands_is_no_obstacle():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 6)
+
+        def forward(self, x):
+            return self.layer(self.token.expand(len(x), -1, -1))
+
+    model = Token()
+    assert count(model, torch.zeros(3, 2)).macs == 3 * 4 * 6
+    assert all(p.requires_grad for p in model.parameters())

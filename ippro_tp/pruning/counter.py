@@ -55,7 +55,8 @@ def count(
     """
     args, kwargs = as_call(example_inputs)
     with preserved(model), eagerly(), _same_draws(model), torch.inference_mode(False), torch.no_grad():
-        model.eval()
+        # Torch's tracker of modules asks parameters that were expanded without gradients for their function.
+        model.eval().requires_grad_(False)
         with counting(model) as counter:
             if forward_fn is not None:
                 forward_fn(model, example_inputs)
