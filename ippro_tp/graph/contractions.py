@@ -30,7 +30,7 @@ def _pair(mode: Provenance, one: list[Tensor], other: list[Tensor], size: int) -
     return [*one[:1], *other[:1]]
 
 
-@rule("bmm", "mm", "mv", "dot")
+@rule("bmm", "mm", "mv", "dot", reads=True)
 def product(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Matrix product, batched or not."""
     a, b = args[:2]
@@ -39,7 +39,7 @@ def product(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm", "baddbmm", reads=True)
 def add_product(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Matrix product and a bias."""
     bias, a, b = args[:3]
@@ -49,7 +49,7 @@ def add_product(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-@rule("linear")
+@rule("linear", reads=True)
 def linear(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """``x @ w.T + bias`` where it is not taken apart."""
     x, w = args[:2]
@@ -125,7 +125,7 @@ def _vector(mode: Provenance, tensor: Tensor, axis: int) -> Tensor | None:
     return None if found is None else found.reshape(-1)
 
 
-@rule("convolution", "_convolution", "conv2d", "conv1d", "conv3d")
+@rule("convolution", "_convolution", "conv2d", "conv1d", "conv3d", reads=True)
 def convolution(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Convolution of any number of axes, grouped or transposed."""
     x, w, bias = args[0], args[1], args[2]

@@ -35,6 +35,7 @@ def _affine(mode: Provenance, x: Tensor, axis: int, vectors: tuple[Any, ...]) ->
     "batch_norm",
     "_native_batch_norm_legit_functional",
     "_batch_norm_no_update",
+    reads=True,
 )
 def batch_norm(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Each channel by itself, with running statistics or those of the batch."""
@@ -55,7 +56,7 @@ def batch_norm(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm", reads=True)
 def layer_norm(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Over the last axes, of the channels that remain."""
     x, shape = args[0], args[1]
@@ -83,7 +84,7 @@ def layer_norm(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-@rule("native_group_norm", "group_norm")
+@rule("native_group_norm", "group_norm", reads=True)
 def group_norm(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Over the channels of a group that remain; every group keeps the same number."""
     out = func(*args, **kwargs)

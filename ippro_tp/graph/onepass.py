@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import contractions, normalisations, reductions  # noqa: F401  # they register rules
 from .labels import Facts
 from .provenance import Provenance, ReplayError
 

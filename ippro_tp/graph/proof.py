@@ -198,7 +198,7 @@ class _Bench:
     def _together(self, keys: list[str]) -> list[str]:
         """Those that pass together, with a quarter of their units gone."""
         passed = self._passing(keys, 0.25)
-        if len(passed) == len(keys) or self._try(passed, 0.25) is None:
+        if not passed or len(passed) == len(keys) or self._try(passed, 0.25) is None:
             return passed
         kept: list[str] = []
         for key in passed:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .labels import Facts, Site, compact, rows_of, squeezed, varying
+from .rules import READERS, RULES, fallback, opaque
 
 
 @dataclass(eq=False)
@@ -47,15 +48,13 @@ class Provenance(TorchDispatchMode):
 
     def __init__(self, facts: Facts, removed: Tensor | None = None, *, replaying: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        from . import rules
-
         self.replaying, self._next_read, self._operation = replaying, 0, ""
-        self._readers = rules.READERS
+        self._readers = READERS
 
         self.facts, self.removed = facts, removed
         self.module: list[str] = [""]
-        self._rules = rules.RULES
-        self._fallback, self._opaque = rules.fallback, rules.opaque
+        self._rules = RULES
+        self._fallback, self._opaque = fallback, opaque
         self._shadows = WeakIdKeyDictionary()
         self.slices = WeakIdKeyDictionary()  # per tensor, by axis and size, where each slice starts
         self._written: dict[int, tuple[Tensor, list[Tensor]]] = {}

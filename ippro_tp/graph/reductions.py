@@ -60,6 +60,7 @@ def spatial(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     "var_mean",
     "std_mean",
     "median",
+    reads=True,
 )
 def reduce(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Positions are summed up; removed channels are left out of means, maxima and norms."""
@@ -95,7 +96,7 @@ def reduced_axes(func: Any, args: Any, kwargs: Any, rank: int) -> list[int]:
     return sorted({a % max(1, rank) for a in (given if isinstance(given, (list, tuple)) else [given])})
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", reads=True)
 def softmax(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Removed channels along the axis get no weight."""
     x, axis = args[0], args[1] % args[0].dim()

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 Rule = Callable[["Provenance", Any, Any, Any], Any]
 RULES: dict[str, Rule] = {}
+READERS: set[str] = set()
+"""Operations whose rule asks which elements are of channels that remain."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operations of ``torch.ops.aten``."""
+def rule(*names: str, reads: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for operations of ``torch.ops.aten``; with ``reads`` it leaves out removed channels."""
 
     def register(made: Rule) -> Rule:
         for name in names:
             RULES[name] = made
+        if reads:
+            READERS.update(names)
         return made
 
     return register
@@ -327,13 +331,3 @@ def opaque(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
             mode.fix(plane, f"it enters {func._schema.name}, which is not understood")
     tree_map(lambda t: mode.put(t, []) if isinstance(t, Tensor) and t not in mode._shadows else None, out)
     return out
-
-
-from . import contractions, normalisations, reductions  # noqa: E402  # register their rules
-
-READERS = frozenset(
-    name
-    for name, made in RULES.items()
-    if made.__module__ in (contractions.__name__, normalisations.__name__, reductions.__name__)
-)
-"""Operations whose rule asks which elements are of channels that remain."""
