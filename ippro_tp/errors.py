@@ -87,3 +87,7 @@ class TargetError(IPPROError, ValueError):
     def __init__(self, message: str, nearest: float) -> None:
         super().__init__(message)
         self.nearest = nearest
+
+
+class LatencyTableError(IPPROError, ValueError):
+    """A latency table was measured on another machine, under other conditions, or on another model."""
