@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .compensation.step import Compensation
     from .errors import (
         IPPROError,
+        LatencyTableError,
         NotCalibratedError,
         ObservationError,
         StaleStatisticsError,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .graph.attention import attention_heads, update_attention
     from .importance.pro import PROImportance
     from .importance.spasp import SpaSPImportance
+    from .pruning.latency import LatencyTable
     from .pruning.prune import prune
     from .pruning.result import PruneResult
     from .pruning.saving import load_pruned, save_pruned
@@ -28,6 +30,7 @@ _HOMES = {
     ".compensation.step": ("Compensation",),
     ".errors": (
         "IPPROError",
+        "LatencyTableError",
         "NotCalibratedError",
         "ObservationError",
         "StaleStatisticsError",
@@ -37,6 +40,7 @@ _HOMES = {
     ".graph.attention": ("attention_heads", "update_attention"),
     ".importance.pro": ("PROImportance",),
     ".importance.spasp": ("SpaSPImportance",),
+    ".pruning.latency": ("LatencyTable",),
     ".pruning.prune": ("prune",),
     ".pruning.result": ("PruneResult",),
     ".pruning.saving": ("load_pruned", "save_pruned"),
@@ -48,6 +52,8 @@ __all__ = [
     "Compensation",
     "FisherNoise",
     "IPPROError",
+    "LatencyTable",
+    "LatencyTableError",
     "LogitNoise",
     "NotCalibratedError",
     "ObservationError",

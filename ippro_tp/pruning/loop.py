@@ -17,7 +17,9 @@ from ..calibration.batches import batches_of
 from ..calibration.guard import evaluating
 from ..compensation.step import Compensation, CompensationReport
 from ..errors import IPPROError, StructureError, TargetError
+from .aiming import WITHIN, LatencyAim
 from .cut import Cut, Step
+from .latency import LatencyTable
 from .measure import Meter, Unit
 from .numbers import update_numbers
 from .order import Ranked, RemovalOrder
@@ -35,6 +37,8 @@ class Options:
     Attributes:
         layer_ratios: fraction of channels that goes, by regular expression: the first that is found in the name of
             a layer of a group decides for the group, whatever the target.
+        table: predicts latencies, where they are the target.
+        stairs: widths of groups that have room for it are multiples of this, where ``round_to`` says nothing.
     """
 
     unit: Unit
@@ -49,6 +53,8 @@ class Options:
     output_transform: Transform | None
     progress: bool
     layer_ratios: Mapping[str, float] = field(default_factory=dict)
+    table: LatencyTable | None = None
+    stairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,15 @@ class StepRecord:
         groups: in the order of the model's modules, those that are left whole too.
         refitted: what the compensation did; ``None`` without.
         left: in the unit of the target.
-        tries: sizes that were measured to find the cut.
+        tries: sizes that were measured, or predicted, to find the cut.
+        predicted: latency that the table predicts, as a fraction; ``None`` where another target was given.
     """
 
     groups: tuple[GroupChange, ...]
     refitted: CompensationReport | None
     left: float
     tries: int
+    predicted: float | None = None
 
 
 @dataclass
@@ -118,7 +126,10 @@ class Loop:
             self._shapes = self._output_shapes()
         self._meter = Meter(self.options.example_inputs, self.options.forward_fn)
         self._whole = self._meter.counts(self.model)
-        self._unpruned = copy.deepcopy(self.model) if self.options.unit == "latency" else None
+        self._aim: LatencyAim | None = None
+        if self.options.table is not None:
+            unpruned = copy.deepcopy(self.model)
+            self._aim = LatencyAim(self.options.table, lambda model: self._meter.latency(model, unpruned))
 
     def run(self) -> list[StepRecord]:
         """Make all steps.
@@ -145,7 +156,7 @@ class Loop:
         if not scores:
             raise TargetError(f"no group of channels has a score: {_listed(unscored)}", 1.0)
         ranked = [self._ranked(structure.groups[key], values) for key, values in scores.items()]
-        found = self._search(ranked, structure, number)
+        found, predicted = self._search(ranked, structure, number)
         masks = {r.key: _mask(structure.groups[r.key], r.order[: found.gone[r.key]]) for r in ranked}
         refitted = self._cut(structure, masks)
         groups = [
@@ -159,7 +170,7 @@ class Loop:
             groups.append(GroupChange(key, names, width, width, 0, reason=why))
         place = {name: number for number, (name, _) in enumerate(self.model.named_modules())}
         groups.sort(key=lambda group: min((place[name] for name in group.layers), default=0))
-        return StepRecord(tuple(groups), refitted, found.left, found.tries)
+        return StepRecord(tuple(groups), refitted, found.left, found.tries, predicted)
 
     def _structure(self) -> Structure:
         options = self.options
@@ -178,30 +189,43 @@ class Loop:
     def _ranked(self, prunable: Prunable, scores: Tensor) -> Ranked:
         key = prunable.record.key
         least = max(math.ceil((1 - self.options.max_pruning_ratio) * self._units[key] - 1e-9), 1)
-        return Ranked.of(key, scores, min(least, prunable.units), _multiple(prunable, self.options.round_to))
+        stairs = self.options.stairs if prunable.units >= 4 * self.options.stairs else 0
+        multiple = _multiple(prunable, self.options.round_to or stairs)
+        return Ranked.of(key, scores, min(least, prunable.units), multiple)
 
     # -- the search --------------------------------------------------------------------------------------------
 
-    def _search(self, ranked: Sequence[Ranked], structure: Structure, number: int) -> Found:
+    def _search(self, ranked: Sequence[Ranked], structure: Structure, number: int) -> tuple[Found, float | None]:
+        """The cut of a step, and the latency predicted for it where that is the target."""
         options = self.options
         fixed = self._fixed(ranked, structure, number)
         order = RemovalOrder([group for group in ranked if group.key not in fixed], options.scope)
         goal = 1 - options.target if options.unit == "ratio" else options.target
         wanted = 1 - (1 - goal) * number / options.steps
-        measured = self._channels(structure, ranked) if options.unit == "ratio" else self._sizes(structure)
+        measured = self._measured(structure, ranked)
         if not order.groups:
-            return Found(fixed, measured(fixed), 1)
+            return Found(fixed, measured(fixed), 1), None
+        predicted, margin = None, tolerance(wanted)
         with self._shown(measured, wanted) as shown:
-            found = find(order, lambda gone: shown({**fixed, **gone}), wanted)
-        found = replace(found, gone={**fixed, **found.gone})
-        if abs(found.left - wanted) <= tolerance(wanted) or (options.unit == "ratio" and fixed):
-            return found
+
+            def search(aim: float) -> Found:
+                found = find(order, lambda gone: shown({**fixed, **gone}), aim)
+                return replace(found, gone={**fixed, **found.gone})
+
+            if self._aim is None or number < options.steps:
+                found = search(wanted)
+                predicted = None if self._aim is None else found.left
+            else:
+                found, predicted = self._aim.find(search, lambda gone: self._cut_copy(structure, gone), wanted)
+                margin = WITHIN * wanted
+        if abs(found.left - wanted) <= margin or (options.unit == "ratio" and fixed):
+            return found, predicted
         unit = {"macs": "MACs", "params": "parameters", "ratio": "channels", "latency": "latency"}[options.unit]
-        margin = f"{100 * tolerance(wanted):.3g}%"
+        percent = f"{100 * margin:.3g}%"
         bounds = f"max_pruning_ratio={options.max_pruning_ratio:g}"
         bounds += f", round_to={options.round_to}" if options.round_to else ""
         raise TargetError(
-            f"{options.unit}={options.target:g} cannot be met within {margin} of the whole: {wanted:.4g} "
+            f"{options.unit}={options.target:g} cannot be met within {percent} of the whole: {wanted:.4g} "
             f"of the {unit} is to be left, and the nearest is {found.left:.4g}. Change the target, {bounds} or "
             f"ignored_layers; groups left whole: {_listed(structure.left_whole)}.",
             found.left if options.unit != "ratio" else 1 - found.left,
@@ -237,30 +261,31 @@ class Loop:
 
         return left
 
-    def _sizes(self, structure: Structure) -> Sizes:
-        """Sizes of copies of the model that are cut along its removal order."""
+    def _measured(self, structure: Structure, ranked: Sequence[Ranked]) -> Sizes:
+        """What is left where units of groups are gone: predicted, for latencies."""
+        if self._aim is not None:
+            return self._aim.predicted(self.model)
+        if self.options.unit == "ratio":
+            return self._channels(structure, ranked)
+        return lambda gone: self._left(self._cut_copy(structure, gone))
 
-        def left(gone: Mapping[str, int]) -> float:
-            model = self.model
-            if any(gone.values()):
-                # Any units will do: how many of each group go decides the size.
-                model = copy.deepcopy(self.model)
-                masks = {key: _mask(structure.groups[key], torch.arange(n)) for key, n in gone.items() if n}
-                with _explained("the model does not run once it is cut"):
-                    Cut(structure, masks).apply(model)
-                    update_numbers(model, structure)
-                    return self._left(model)
-            return self._left(model)
-
-        return left
+    def _cut_copy(self, structure: Structure, gone: Mapping[str, int]) -> nn.Module:
+        """A copy of the model without so many units of each group; any will do, for sizes."""
+        if not any(gone.values()):
+            return self.model
+        model = copy.deepcopy(self.model)
+        masks = {key: _mask(structure.groups[key], torch.arange(n)) for key, n in gone.items() if n}
+        with _explained("the model does not run once it is cut"):
+            Cut(structure, masks).apply(model)
+            update_numbers(model, structure)
+        return model
 
     def _left(self, model: nn.Module) -> float:
         """Size of ``model`` in the unit of the target, as a fraction of the unpruned one's."""
-        if self._unpruned is not None:
-            return self._meter.latency(model, self._unpruned)
-        if self.options.unit == "params":
-            return sum(p.numel() for p in model.parameters()) / self._whole.params
-        return self._meter.counts(model).macs / self._whole.macs
+        with _explained("the model does not run once it is cut"):
+            if self.options.unit == "params":
+                return sum(p.numel() for p in model.parameters()) / self._whole.params
+            return self._meter.counts(model).macs / self._whole.macs
 
     @contextmanager
     def _shown(self, sizes: Sizes, wanted: float) -> Iterator[Sizes]:

@@ -11,6 +11,7 @@ from torch.utils.benchmark import Timer
 
 from ..calibration.guard import evaluating
 from .counter import Counts, count
+from .latency import timing
 from .structure import Forward, forward
 
 Unit = Literal["macs", "params", "latency", "ratio"]
@@ -57,6 +58,7 @@ class Meter:
                             "forward_fn": self.forward_fn,
                         },
                         num_threads=torch.get_num_threads(),
+                        timer=timing.wall_clock,
                     )
                     times[number].append(timer.blocked_autorange(min_run_time=seconds / ROUNDS).median)
         after, before = (sorted(values)[ROUNDS // 2] for values in times.values())

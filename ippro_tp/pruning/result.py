@@ -25,7 +25,7 @@ class PruneResult:
         model: the pruned model, in the train/eval modes of the one that was given.
         macs: multiply-accumulates that are left, as a fraction of the unpruned model's, measured.
         params: parameters that are left, as a fraction.
-        latency: time of a forward pass, as a fraction; ``None`` unless it was the target.
+        latency: time of a forward pass, as a fraction, measured; ``None`` unless it was the target.
         before, after: MACs and parameters themselves, on the example inputs.
         steps: what each step did to each group and layer.
         scope, importance, seed: as they were given.
@@ -43,6 +43,11 @@ class PruneResult:
     importance: str = "PROImportance"
     seed: int = 0
     recovered: RecoveryReport | None = None
+
+    @property
+    def predicted_latency(self) -> float | None:
+        """What the latency table said of :attr:`latency`; ``None`` unless it was the target."""
+        return self.steps[-1].predicted
 
     @property
     def groups(self) -> tuple[GroupChange, ...]:
@@ -116,7 +121,9 @@ class PruneResult:
             f"MACs {self.before.macs / 1e6:.4g} M -> {self.after.macs / 1e6:.4g} M ({self.macs:.1%})",
             f"parameters {self.before.params / 1e6:.4g} M -> {self.after.params / 1e6:.4g} M ({self.params:.1%})",
         ]
-        sizes += [] if self.latency is None else [f"latency {self.latency:.1%}"]
+        if self.latency is not None:
+            predicted = "" if self.predicted_latency is None else f" (predicted {self.predicted_latency:.1%})"
+            sizes.append(f"latency {self.latency:.1%}{predicted}")
         how = f"{self.importance}, {self.scope}, {len(self.steps)} step{'s' * (len(self.steps) > 1)}"
         return f"{type(self.model).__name__}: {', '.join(sizes)}; {how}, seed {self.seed}"
 

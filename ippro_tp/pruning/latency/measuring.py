@@ -8,15 +8,12 @@ from functools import partial
 from typing import Any
 
 from .operations import Pool
-from .surface import Surface, Widths, factors_of, knots_of, points_of, probes_of
+from .surface import Stair, Surface, Widths, factors_of, knots_of, points_of, probes_of, stairs_of, step_of
 from .timing import Clock, Job, Timed, interleaved
 from .widths import Row, Varying
 
 PROBED = 0.01
 """Operations that take this fraction of the whole are looked at for steps of a staircase."""
-
-Stair = tuple[int, float, float]
-"""Channels below a multiple of 16, the same as a fraction of it, and the fraction of its time that is saved."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,7 @@ class Family:
             "seconds": [[list(at), value] for at, value in self.surface.seconds.items()],
             "factors": [[[k, v] for k, v in by.items()] for by in self.surface.factors],
             "steps": self.steps,
+            "stepped": self.surface.steps,
             "rows": self.rows,
             "stairs": self.stairs,
             "scaled": self.scaled,
@@ -112,6 +110,7 @@ class Family:
             tuple(tuple(knots) for knots in packed["knots"]),
             {tuple(at): value for at, value in packed["seconds"]},
             tuple(dict(map(tuple, by)) for by in packed["factors"]),
+            tuple(packed["stepped"]),
         )
         rows = tuple(tuple(tuple((key, count) for key, count in row) for row in call) for call in packed["rows"])
         stairs = tuple((below, share, saved) for below, share, saved in packed["stairs"])
@@ -198,29 +197,22 @@ class _Measured:
 
     def family(self) -> Family:
         surface = Surface(self.knots, {at: job.median for at, job in self.jobs.items()})
+        stairs: tuple[Stair, ...] = ()
         if any(self.probes):
             times = [{at: job.median for at, job in found.items()} for found in self.probes]
-            surface = Surface(surface.knots, surface.seconds, factors_of(surface, times))
+            found = [stairs_of(place, by_widths) for place, by_widths in enumerate(times)]
+            stairs = tuple(stair for stairs in found for stair in stairs)
+            surface = replace(surface, steps=tuple(map(step_of, found)))
+            surface = replace(surface, factors=factors_of(surface, times))
         steps = tuple(v.step for v in self.one.variables)
         rows = tuple(tuple(v.row for v in call.variables) for call in self.calls)
-        alone = Family(self.one.operation.name, surface, steps, rows, self._stairs(), self.scaled)
+        alone = Family(self.one.operation.name, surface, steps, rows, stairs, self.scaled)
         anchors = {}
         for gone, inside in self.inside:
             if predicted := alone.seconds(gone):
                 shares = [_share(call.widths(gone), self.full) for call in self.calls]
                 anchors[sum(shares) / len(shares)] = inside / predicted
         return replace(alone, anchors=tuple(sorted(anchors.items())))
-
-    def _stairs(self) -> tuple[Stair, ...]:
-        found = []
-        for place, probes in enumerate(self.probes):
-            for widths, job in probes.items():
-                base = -(-widths[place] // 16) * 16
-                top = probes.get((*widths[:place], base, *widths[place + 1 :]))
-                if top is not None and base > widths[place]:
-                    below = base - widths[place]
-                    found.append((below, below / base, 1 - job.median / top.median))
-        return tuple(found)
 
 
 def _share(widths: Widths, full: Widths) -> float:

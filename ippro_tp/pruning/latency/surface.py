@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ALIGNMENTS = (16, 8, 4, 2, 1)
 """Widths are told apart by the largest of these that divides them: kernels work on blocks."""
 GRID = 2
 """Operations with more widths than this are measured along each of them rather than on a grid."""
+FLAT = 0.25
+"""Times are a staircase where channels within a step save less than this part of their share of the time."""
 Widths = tuple[int, ...]
 
 
@@ -28,11 +30,13 @@ class Surface:
         seconds: by widths.
         factors: per variable, by alignment: how much longer a width takes than one that is a multiple of 16 would;
             1 where nothing is said.
+        steps: per variable, in which steps times fall; 1 where nothing is said.
     """
 
     knots: tuple[Widths, ...]
     seconds: Mapping[Widths, float]
-    factors: tuple[Mapping[int, float], ...] = field(default=())
+    factors: tuple[Mapping[int, float], ...] = ()
+    steps: tuple[int, ...] = ()
 
     @property
     def full(self) -> Widths:
@@ -45,7 +49,11 @@ class Surface:
         scale = 1.0
         for width, known in zip(widths, factors, strict=True):
             scale *= known.get(alignment(width), 1.0)
-        return self._smooth(widths, factors) * scale
+        steps = self.steps or (1,) * len(self.knots)
+        stepped = [
+            min(-(-width // step) * step, full) for width, step, full in zip(widths, steps, self.full, strict=True)
+        ]
+        return self._smooth(stepped, factors) * scale
 
     def _smooth(self, widths: Sequence[int], factors: Sequence[Mapping[int, float]]) -> float:
         def known(at: Widths) -> float:
@@ -128,6 +136,31 @@ def probes_of(full: Widths, place: int, step: int) -> list[Widths]:
     bases = {max(int(full[place] * share) // 16 * 16, 16) for share in (0.55, 0.8, 1.0)}
     widths = [base - below for base in sorted(bases) for below in (0, 1, 2, 4, 8)]
     return [(*full[:place], width, *full[place + 1 :]) for width in widths]
+
+
+Stair = tuple[int, float, float]
+"""Channels below a multiple of 16, the same as a fraction of it, and the fraction of its time that is saved."""
+
+
+def stairs_of(place: int, times: Mapping[Widths, float]) -> list[Stair]:
+    """What widths below multiples of 16 save, along one variable."""
+    found = []
+    for widths, seconds in times.items():
+        base = -(-widths[place] // 16) * 16
+        top = times.get((*widths[:place], base, *widths[place + 1 :]))
+        if top and base > widths[place]:
+            below = base - widths[place]
+            found.append((below, below / base, 1 - seconds / top))
+    return found
+
+
+def step_of(stairs: Sequence[Stair]) -> int:
+    """In which steps times fall: channels within one save less than a part of their share; 1 if there is none."""
+    for step in ALIGNMENTS[:-1]:
+        within = [(share, saved) for below, share, saved in stairs if below < step]
+        if within and sum(saved for _, saved in within) < FLAT * sum(share for share, _ in within):
+            return step
+    return 1
 
 
 def factors_of(surface: Surface, probed: Sequence[Mapping[Widths, float]]) -> tuple[Mapping[int, float], ...]:

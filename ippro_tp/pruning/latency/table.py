@@ -16,15 +16,15 @@ from torch import nn
 from ...errors import LatencyTableError
 from ...records import GroupRecord
 from ..structure import Forward, Structure, Transform, forward, read_structure
+from . import timing
 from .identity import check, identity, machine
 from .measuring import Anchor, Family, measure_families
 from .operations import Pool
-from .timing import Clock, timed_in_place, wall_clock
+from .surface import step_of
+from .timing import Clock, timed_in_place
 from .widths import Gauge, cut_copy, cuts_to_measure, device_of, reach
 
 VERSION = 1
-FLAT = 0.25
-"""Times are a staircase where channels within a step save less than this part of their share of the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class LatencyTable:
         Raises:
             StructureError: the model cannot be traced or cut.
         """
-        clock = wall_clock if timer is None else timer
+        clock = timing.wall_clock if timer is None else timer
         if structure is None:
             structure = read_structure(
                 model, example_inputs, forward_fn=forward_fn, output_transform=output_transform
@@ -221,11 +221,11 @@ class LatencyTable:
             for weight in [family.calls * family.surface.at(family.surface.full)]
             for below, share, saved in family.stairs
         ]
-        for step in (16, 8, 4, 2):
-            within = [(share, saved) for below, share, saved in stairs if below < step]
-            if within and sum(saved for _, saved in within) < FLAT * sum(share for share, _ in within):
-                return step
-        return None
+        step = step_of(stairs)
+        return step if step > 1 else None
+
+    def __deepcopy__(self, memo: object) -> LatencyTable:
+        return self  # nothing in it changes
 
     # -- saving ------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ SHORTEST = 2e-4
 """What is timed takes so many seconds at least: short calls are repeated."""
 MOST_CALLS = 30
 FEW_CALLS = 3
+ROUNDS = (3, 9)
 MOST_ROUNDS = 25
 
 
@@ -69,20 +70,19 @@ class Job:
         self.seconds.append(seconds / self.repeats)
 
 
-def interleaved(jobs: Sequence[Job], clock: Clock, budget: float, rounds: tuple[int, int] = (3, 9)) -> None:
+def interleaved(jobs: Sequence[Job], clock: Clock, budget: float) -> None:
     """Time all jobs in turn, round after round.
 
     Args:
         jobs: what is timed.
         clock: seconds.
         budget: seconds to be spent, about.
-        rounds: at least, and at most.
     """
     start = wall_clock()
     for job in jobs:
         job.warm_up(clock)
-    for number in range(rounds[1]):
-        if number >= rounds[0] and (wall_clock() - start) * (number + 1) / max(number, 1) > budget:
+    for number in range(ROUNDS[1]):
+        if number >= ROUNDS[0] and (wall_clock() - start) * (number + 1) / max(number, 1) > budget:
             break
         for job in jobs:
             job.measure(clock)
