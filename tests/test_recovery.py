@@ -60,7 +60,7 @@ def distance(model: nn.Module, teacher: nn.Module, inputs: list[Tensor]) -> floa
 def test_comes_nearer_to_the_unpruned_model():
     model, teacher, inputs = pair()
     before = distance(model, teacher, inputs)
-    report = recovery(inputs, model, steps=100, lr=1e-2).run(model, teacher)
+    report = recovery(inputs, model, steps=100, lr=1e-2).run(model, teacher, progress=True)
     assert report.after < 0.5 * report.before
     assert distance(model, teacher, inputs) < 0.5 * before
     assert report.steps == 100

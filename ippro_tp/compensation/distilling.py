@@ -78,8 +78,8 @@ class Distillation:
         self._told = self._tell()
         self._best = [p.detach().clone() for p in parameters]
 
-    def train(self) -> None:
-        """Do the steps. At the end, the best weights are in place."""
+    def train(self, tick: Callable[[], object] = bool) -> None:
+        """Do the steps, and call ``tick`` after each. At the end, the best weights are in place."""
         how, batches = self._how, self._batches()
         optimizer = torch.optim.AdamW(self._parameters, lr=how.lr, weight_decay=0.0)
         every = max(1, how.steps // LOOKS)
@@ -88,6 +88,7 @@ class Distillation:
                 group["lr"] = self._lr * _schedule((self.step + 1) / how.steps)
             sound = self._learn(optimizer, next(batches))
             self.step += 1
+            tick()
             if sound and (self.step % every == 0 or self.step == how.steps):
                 sound = self._keep_if_better(self._look())
             if not sound:

@@ -115,7 +115,7 @@ class Recovery(KeptInputs):
             raise ValueError(f"held_out={held_out!r}; give a number between 0 and 1")
         self._plan = Plan(int(steps), lr, int(batch_size), augment, held_out, seed)
 
-    def run(self, model: nn.Module, teacher: nn.Module) -> RecoveryReport:
+    def run(self, model: nn.Module, teacher: nn.Module, progress: bool = False) -> RecoveryReport:
         """Train ``model``, in place, to give what ``teacher`` gives.
 
         Parameters that require gradients are trained, or all if none does. Gradients, flags, modes, buffers and
@@ -124,6 +124,7 @@ class Recovery(KeptInputs):
         Args:
             model: the pruned model.
             teacher: the unpruned one, unchanged, on the same device.
+            progress: show a progress bar if tqdm is installed.
 
         Raises:
             NotCalibratedError: there are no samples.
@@ -146,10 +147,22 @@ class Recovery(KeptInputs):
             for p in parameters:
                 p.requires_grad_(True)
             run = Distillation(self._plan, model, teacher, parameters, self._samples)
-            run.train()
+            with _progress_bar(self._plan.steps, progress) as tick:
+                run.train(tick)
         return RecoveryReport(
             run.before, run.best, run.step, run.kept, run.kept_lr, run.held, time.perf_counter() - begin
         )
+
+
+@contextmanager
+def _progress_bar(steps: int, shown: bool) -> Iterator[Callable[[], object]]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield bool
+        return
+    with tqdm(total=steps, desc="Recovery", unit="step", leave=False, disable=not shown) as bar:
+        yield bar.update
 
 
 @contextmanager

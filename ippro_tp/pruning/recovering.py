@@ -34,7 +34,7 @@ def recovered(
         how: whether, or with which settings; an object that is given is not changed.
         forward_fn: see :func:`ippro_tp.prune`.
         seed: of the default settings.
-        progress: show a progress bar while inputs are kept.
+        progress: show progress bars.
     """
     if how is False:
         return None
@@ -46,4 +46,4 @@ def recovered(
         with evaluating(unpruned), recovery.observe(unpruned), torch.no_grad():
             for inputs, _ in batches_of(loader, device, None, progress, "Recovery"):
                 forward_fn(unpruned, inputs)
-    return recovery.run(model, unpruned)
+    return recovery.run(model, unpruned, progress=progress)
