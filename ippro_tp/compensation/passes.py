@@ -79,6 +79,7 @@ class PeakBytes(TorchDispatchMode):
 
     Attributes:
         peak: the most there were.
+        counting: whether tensors made now are counted.
 
     Example:
         >>> with PeakBytes() as counted:
@@ -90,10 +91,13 @@ class PeakBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
+        self.counting = True
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if not self.counting:
+            return out
         given = {x.untyped_storage() for x in pytree.tree_leaves((args, kwargs)) if _is_dense(x)}
         for x in pytree.tree_leaves(out):
             storage = x.untyped_storage() if _is_dense(x) else None

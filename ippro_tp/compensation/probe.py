@@ -7,6 +7,7 @@ are that sample's. What each layer gives is compared with its weight times what 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +78,8 @@ def probe(model: nn.Module, layers: Sequence[CutLayer], samples: Samples, device
     usual = torch.arange(few) * (samples.count // few)
     unfit = {layer.name: layer.unfit for layer in layers if layer.unfit}
     first = _run(model, layers, samples, usual, device, unfit)
-    with PeakBytes() as counted:
-        again = _run(model, layers, samples, usual, device)
+    counted = PeakBytes()
+    again = _run(model, layers, samples, usual, device, counted=counted)
     _check_repeatable(first.read, again.read)
     del again
     changed: list[dict[str, list[Tensor] | None]] = []
@@ -120,11 +121,16 @@ def _run(
     index: Tensor,
     device: torch.device,
     unfit: dict[str, str] | None = None,
+    counted: PeakBytes | None = None,
 ) -> _Seen:
     seen = _Seen()
 
     def see(layer: CutLayer, x: Tensor, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if counted is not None:
+            counted.counting = False  # what is kept here is none of the model's
         seen.read.setdefault(layer.name, []).append(x.detach().clone())
+        if counted is not None:
+            counted.counting = True
         if unfit is None or layer.name in unfit:
             return
         problem = _problem(layer, x, y, args, kwargs)
@@ -139,7 +145,8 @@ def _run(
     args, kwargs = samples.arguments(index, device)
     with reproducibly(model), after_each(layers, see):
         if unfit is None:
-            model(*args, **kwargs)
+            with counted or nullcontext():
+                model(*args, **kwargs)
         else:
             with watch.inside(), watch:
                 model(*args, **kwargs)

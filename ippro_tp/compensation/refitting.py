@@ -111,8 +111,8 @@ class Refit:
         self._device = device_of(model)
         self._facts = probe(model, layers, samples, self._device)
         self._shapes = _shapes(model)
-        self._rows = _rows_per_layer(layers, self._facts, samples.count, memory // 2)
-        room = (memory - memory // 2) / max(1.0, self._facts.bytes_per_sample)
+        self._rows, kept = _rows_per_layer(layers, self._facts, samples.count, memory // 2)
+        room = (memory - kept) / max(1.0, self._facts.bytes_per_sample)
         chosen = even_choice(samples.count, min(samples.count, max(2, int(room))))
         held = min(MOST_HELD_OUT, int(len(chosen) * HELD_OUT))
         if held:
@@ -368,8 +368,10 @@ def _rounding(weight: Tensor) -> float:
     return 1e-3 if short else torch.finfo(weight.dtype).eps
 
 
-def _rows_per_layer(layers: Sequence[CutLayer], facts: Facts, count: int, memory: int) -> dict[str, int]:
-    """How many output positions each layer is fitted to, so that what is kept of them takes at most ``memory``."""
+def _rows_per_layer(
+    layers: Sequence[CutLayer], facts: Facts, count: int, memory: int
+) -> tuple[dict[str, int], float]:
+    """How many output positions each layer is fitted to, and the bytes that are kept of them: at most ``memory``."""
     rows = {layer.name: max(ROWS, min(MOST_ROWS, PER_FEATURE * layer.features)) for layer in layers}
     size = sum(
         min(rows[layer.name], count * facts.outputs[layer.name][0])
@@ -379,7 +381,7 @@ def _rows_per_layer(layers: Sequence[CutLayer], facts: Facts, count: int, memory
         if layer.name in facts.outputs
     )
     share = min(1.0, memory / max(1, size))
-    return {name: max(2, int(number * share)) for name, number in rows.items()}
+    return {name: max(2, int(number * share)) for name, number in rows.items()}, size * share
 
 
 def _shapes(model: nn.Module) -> dict[nn.Module, dict[str, torch.Size | None]]:
