@@ -371,7 +371,7 @@ def _rounding(weight: Tensor) -> float:
 def _rows_per_layer(
     layers: Sequence[CutLayer], facts: Facts, count: int, memory: int
 ) -> tuple[dict[str, int], float]:
-    """How many output positions each layer is fitted to, and the bytes that are kept of them: at most ``memory``."""
+    """Output positions that each layer is fitted to, and the bytes that are kept of them: at most ``memory``."""
     rows = {layer.name: max(ROWS, min(MOST_ROWS, PER_FEATURE * layer.features)) for layer in layers}
     size = sum(
         min(rows[layer.name], count * facts.outputs[layer.name][0])

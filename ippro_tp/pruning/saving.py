@@ -7,29 +7,32 @@ the original again and repeats the changes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..calibration.batches import as_call
+from ..calibration.guard import evaluating
+from .differences import apply, differences, first_difference
 from .tree import describe, rebuild
+from .values import Comparison
 
 WEIGHTS, SHAPES = "model.safetensors", "shapes.json"
-FORMAT, VERSION = "ippro-tp pruned model", 1
+FORMAT, VERSION, READ = "ippro-tp pruned model", 2, (1, 2)
 LIBRARIES = ("timm", "torchvision")
 MODULES = "modules"
 """Library of models whose modules are written down themselves."""
 # Flags that make a library download or read weights: a saved model brings its own.
 _WEIGHT_FLAGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg")
-# What nn.Module keeps in its __dict__ for itself.
-_INTERNAL = frozenset(vars(nn.Module())) | {"training"}
 
 Builder = Callable[[], nn.Module]
 Source = Mapping[str, Any]
@@ -40,12 +43,16 @@ def save_pruned(
     directory: str | os.PathLike[str],
     source: Source | None = None,
     builder: Builder | None = None,
+    *,
+    example_inputs: Any = None,
 ) -> Path:
     """Write a pruned model to ``directory``, from where :func:`load_pruned` brings it back bit for bit.
 
-    The unpruned network is built once, on the CPU, to find out what pruning changed; torch's random stream is
-    left as it was. That the model can be loaded again is checked before anything is written, and each of the two
-    files appears whole or not at all.
+    The unpruned network is built on the CPU to find out what pruning changed: parameters, buffers, and attributes
+    of modules (numbers, strings, None, tensors, and tuples, lists and dicts of them); torch's random stream is
+    left as it was. Before anything is written, the model is loaded again from what will be in the files, compared
+    in all of this and, with ``example_inputs``, run beside the one given.
+    Each of the two files appears whole or not at all.
 
     Args:
         model: the pruned network, of any device and dtype, in train or eval mode.
@@ -56,6 +63,8 @@ def save_pruned(
             classes can be imported from is enough then.
         builder: instead, for a network of your own, a function without arguments that builds it unpruned; then
             ``source`` may hold any JSON values, as a note, and :func:`load_pruned` needs the same function.
+        example_inputs: what the model is called with: a tensor, a tuple of positional or a dict of keyword
+            arguments. Both networks are run on it, and have to give the same bits.
 
     Returns:
         ``directory``.
@@ -63,8 +72,8 @@ def save_pruned(
     Raises:
         ImportError: safetensors or the library is not installed.
         TypeError: ``source`` is not plain JSON.
-        ValueError: a module cannot be written down and needs a ``builder``; ``source`` is no known model, or
-            builds a network that ``model`` cannot have been pruned from.
+        ValueError: a module cannot be written down and needs a ``builder``; ``source`` is no known model, or builds a network that ``model`` cannot have been pruned
+            from; or something differs that cannot be saved, or does not come back the same; the message names it.
 
     Example:
         >>> import tempfile, torch, torch_pruning as tp
@@ -86,13 +95,13 @@ def save_pruned(
         source = {"library": MODULES, "tree": describe(model)}
     note = _as_json(dict(source or {}))
     fresh = _build(note, builder)
-    spec: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": note}
-    spec |= _differences(model, fresh)
-    tensors = _tensors(model, spec)
-    _apply(fresh, spec)
-    _check_tensors(fresh, {name: tensor.shape for name, tensor in tensors.items()}, spec, SHAPES)
+    changes, tensors = differences(model, fresh)
+    spec: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": note, **changes}
     text = json.dumps(spec, indent=1) + "\n"
     weights = safetensors.save(tensors, metadata={"format": "pt", "shapes_sha256": _digest(text)})
+    again = _build(note, builder)
+    apply(again, json.loads(text), safetensors.load(weights), SHAPES)
+    _prove(model, again, example_inputs)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS, weights)
     _write(folder / SHAPES, text.encode())
@@ -137,189 +146,37 @@ def load_pruned(
             f"{WEIGHTS} and {SHAPES} in {folder} are not of the same save, or were edited; save the model again"
         )
     model = _build(spec["source"], builder)
-    _check_modules(model, spec["modules"])
-    _apply(model, spec)
-    _check_tensors(model, {name: tensor.shape for name, tensor in tensors.items()}, spec, WEIGHTS)
-    _fill(model, tensors, spec)
+    apply(model, spec, tensors, WEIGHTS)
     return model.to(device)
 
 
-# -- what the two networks differ in ---------------------------------------------------------------------------
-
-
-def _differences(model: nn.Module, fresh: nn.Module) -> dict[str, Any]:
-    """Everything but values that has to be changed in ``fresh`` to make it ``model``."""
-    kinds = {name: type(module).__qualname__ for name, module in model.named_modules()}
-    _check_modules(fresh, kinds)
-    originals = dict(fresh.named_modules())
-    aliases = _aliases(model)
-    untied = _aliases(fresh).keys() - aliases.keys()
-    attributes, tensors = {}, {}
-    for name, module in model.named_modules():
-        changed = dict(_changed_attributes(name, module, originals[name]))
-        if changed:
-            attributes[name] = changed
-        for key, value in [*module._parameters.items(), *module._buffers.items()]:
-            full = f"{name}.{key}" if name else key
-            entry = _tensor_entry(value, getattr(originals[name], key, None), full in untied)
-            if entry:
-                tensors[full] = entry
-    training = [name for name, module in model.named_modules() if module.training]
-    return {
-        "modules": kinds,
-        "attributes": attributes,
-        "tensors": tensors,
-        "aliases": aliases,
-        "training": True if len(training) == len(kinds) else training,
-    }
-
-
-def _changed_attributes(name: str, module: nn.Module, original: nn.Module) -> Iterator[tuple[str, Any]]:
-    before = vars(original)
-    for key, value in vars(module).items():
-        if key in _INTERNAL or not _is_plain(value):
-            continue
-        if key not in before or not _same(value, before[key]):
-            if key in before and not _is_plain(before[key]):
-                raise ValueError(
-                    f"{name or 'the model'}.{key} is {value!r}, but of type {type(before[key]).__name__} in the "
-                    "network that is built; give a builder that makes the same network"
-                )
-            yield key, list(value) if isinstance(value, (tuple, list)) else value
-
-
-def _tensor_entry(value: Tensor | None, original: Tensor | None, untied: bool) -> dict[str, Any]:
-    """Shape, dtype, ``requires_grad`` and memory format of a tensor, where they differ from the original's."""
-    if value is None:
-        return {} if original is None else {"shape": None}
-    entry: dict[str, Any] = {}
-    if original is None or untied or value.shape != original.shape:
-        entry["shape"] = list(value.shape)
-    if original is None or value.dtype != original.dtype:
-        entry["dtype"] = str(value.dtype).removeprefix("torch.")
-    if original is None or value.requires_grad != original.requires_grad:
-        entry["requires_grad"] = value.requires_grad
-    if _channels_last(value) != (original is not None and _channels_last(original)):
-        entry["channels_last"] = _channels_last(value)
-    return entry
-
-
-def _channels_last(tensor: Tensor) -> bool:
-    last = torch.channels_last
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Names under which a parameter or buffer appears again, with the first name of each."""
-    first: dict[int, str] = {}
-    found = {}
-    for name, tensor in _named_tensors(model):
-        if first.setdefault(id(tensor), name) != name:
-            found[name] = first[id(tensor)]
-    return found
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _tensors(model: nn.Module, spec: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All parameters and buffers, also those that ``state_dict()`` leaves out, each once."""
-    odd = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
-    if odd:
-        raise ValueError(f"{odd[0]!r} in the model's state_dict is no tensor; only tensors can be saved")
-    return {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in _named_tensors(model)
-        if name not in spec["aliases"]
-    }
-
-
-# -- and how they are made the same ----------------------------------------------------------------------------
-
-
-def _apply(model: nn.Module, spec: Mapping[str, Any]) -> None:
-    """Give ``model`` the attributes, shapes, aliases and flags of ``spec``; values are not set."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, changed in spec["attributes"].items():
-        for key, value in changed.items():
-            if key in _INTERNAL or key.startswith("__") or not (value is None or _is_plain(value)):
-                raise ValueError(f"{SHAPES} sets {name}.{key}, which is no attribute that pruning changes")
-            kept_as = vars(modules[name]).get(key, ())
-            if isinstance(value, list) and not isinstance(kept_as, list):
-                value = tuple(value)
-            setattr(modules[name], key, value)
-    for name, entry in spec["tensors"].items():
-        owner, _, key = name.rpartition(".")
-        _resize(modules[owner], key, entry, name)
-    for name, first in spec["aliases"].items():
-        owner, _, key = name.rpartition(".")
-        original, _, original_key = first.rpartition(".")
-        _store(modules[owner], key)[key] = getattr(modules[original], original_key)
-    training = spec["training"]
-    for name, module in modules.items():
-        module.training = training is True or name in training
-
-
-def _store(module: nn.Module, key: str) -> dict[str, Any]:
-    return module._buffers if key in module._buffers else module._parameters
-
-
-def _resize(module: nn.Module, key: str, entry: Mapping[str, Any], name: str) -> None:
-    store = _store(module, key)
-    if key not in store:
-        raise ValueError(f"another architecture: the network that is built has no tensor {name!r}")
-    old: Tensor | None = store[key]
-    if "shape" in entry and entry["shape"] is None:
-        store[key] = None
+def _prove(model: nn.Module, again: nn.Module, example_inputs: Any) -> None:
+    """Raise ValueError unless ``again``, loaded, is ``model``: in all that it holds, and in what it gives."""
+    found = first_difference(model, again)
+    if found:
+        raise ValueError(f"{found} does not come back as it is: nothing was saved. Report the model, please.")
+    if example_inputs is None:
         return
-    dtype = getattr(torch, entry["dtype"]) if old is None or "dtype" in entry else old.dtype
-    last = entry.get("channels_last", old is not None and _channels_last(old))
-    new = torch.empty(
-        entry["shape"] if old is None or "shape" in entry else old.shape,
-        dtype=dtype,
-        device="cpu",
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
-    requires_grad = entry.get("requires_grad", old is not None and old.requires_grad)
-    store[key] = nn.Parameter(new, requires_grad) if store is module._parameters else new
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = as_call(example_inputs)
+
+    def run(network: nn.Module) -> Any:
+        devices = [device] if device.type == "cuda" else []
+        with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            return network(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+
+    wanted = run(model)
+    at = Comparison(model, again).difference(wanted, run(again.to(device)))
+    if at and not Comparison(model, model).difference(wanted, run(model)):
+        raise ValueError(
+            f"the model that was loaded again gives other outputs (output{at.removesuffix('.')}): "
+            f"its forward depends "
+            "on something that is neither a parameter, a buffer nor an attribute of a module. Nothing was saved."
+        )
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
-    with torch.no_grad():
-        for name, tensor in _named_tensors(model):
-            if name not in spec["aliases"]:
-                tensor.copy_(tensors[name])
-
-
-def _check_modules(model: nn.Module, kinds: Mapping[str, str]) -> None:
-    """Raise ValueError unless ``model`` has exactly the modules ``kinds``, by name and type."""
-    built = {name: type(module).__qualname__ for name, module in model.named_modules()}
-    for name in [*kinds, *built]:
-        wanted, found = kinds.get(name), built.get(name)
-        if wanted != found:
-            raise ValueError(
-                f"another architecture: {name or 'the model'!r} is {found or 'absent'} in the network that is "
-                f"built, but {wanted or 'absent'} in the pruned one; check the source's name and kwargs, or the "
-                "builder"
-            )
-
-
-def _check_tensors(
-    model: nn.Module, shapes: Mapping[str, torch.Size], spec: Mapping[str, Any], where: str
-) -> None:
-    """Raise ValueError unless the parameters and buffers of ``model`` have exactly the ``shapes``."""
-    own = {name: tensor.shape for name, tensor in _named_tensors(model) if name not in spec["aliases"]}
-    for name in sorted({*own, *shapes}):
-        if own.get(name) != shapes.get(name):
-            have, need = (None if s is None else tuple(s) for s in (shapes.get(name), own.get(name)))
-            raise ValueError(
-                f"another architecture: {name!r} has the shape {have} in {where}, but the network needs {need}"
-            )
-
-
-# -- sources, files, values ------------------------------------------------------------------------------------
+# -- sources and files -----------------------------------------------------------------------------------------
 
 
 def _build(source: Mapping[str, Any], builder: Builder | None) -> nn.Module:
@@ -378,8 +235,8 @@ def _read_spec(text: str, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); save the model again") from error
     if not isinstance(spec, dict) or spec.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by save_pruned()")
-    if spec.get("version") != VERSION:
-        raise ValueError(f"{path} is of format version {spec.get('version')}; this package reads {VERSION}")
+    if spec.get("version") not in READ:
+        raise ValueError(f"{path} is of format version {spec.get('version')}; this package reads 1 to {VERSION}")
     return spec
 
 
@@ -405,13 +262,3 @@ def _write(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(isinstance(v, (bool, int, float, str)) for v in value)
-    return isinstance(value, (bool, int, float, str))
-
-
-def _same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and (one == other or (one != one and other != other))
