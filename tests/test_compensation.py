@@ -57,7 +57,7 @@ def combine(layer: nn.Module, removed: list[int], seed: int = 0) -> None:
 
 def fitted(x: Tensor) -> Tensor:
     """The samples that layers are fitted to; the others judge the whole."""
-    held = even_choice(len(x), len(x) // 8)
+    held = even_choice(len(x), len(x) // 10)
     return x[[i for i in range(len(x)) if i not in held]]
 
 
@@ -166,7 +166,7 @@ def test_exact_combinations_cost_nothing(case: str) -> None:
         combine(model.get_submodule(name), removed)
     reference, x = copy.deepcopy(model), torch.randn(16, *shape)
     pruner = removing(model, x[:1], removals)
-    report = Compensation().calibrate(pruner, batches(shape, 64), progress=False).step(pruner)
+    report = Compensation().calibrate(pruner, batches(shape, 128), progress=False).step(pruner)
     assert report.rows
     assert not any(row.skipped for row in report.rows), str(report)
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in reference.parameters())

@@ -64,6 +64,11 @@ class CutLayer:
         return weight.numel() // (self.groups * weight.shape[1]) if self._transposed else weight[0].numel()
 
     @property
+    def taps(self) -> int:
+        """Positions that one filter reads."""
+        return self.module.weight.shape[2:].numel() if isinstance(self.module, _ConvNd) else 1
+
+    @property
     def constant(self) -> str:
         """Where a change of the mean output can go: ``"bias"``, ``"norm"`` or, if nowhere, ``""``."""
         if self.module.bias is not None:
@@ -148,3 +153,18 @@ def norm_after(graph: Any, module: nn.Module) -> _BatchNorm | None:
     after = node.outputs[0]
     found = after.module
     return found if isinstance(found, _BatchNorm) and len(after.inputs) == 1 else None
+
+
+def memory_of(tensor: Tensor) -> int:
+    """A number that tensors share if they lie in the same memory."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Storages of parameters that several modules hold, with the names of those."""
+    found: dict[int, dict[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(memory_of(parameter), {})[module] = f"{name}.{key}" if name else key
+    return {memory: list(owners.values()) for memory, owners in found.items() if len(owners) > 1}

@@ -17,13 +17,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ObservationError
-from .cutlayer import CutLayer
-from .passes import PeakBytes, after_each, reproducibly
+from .cutlayer import CutLayer, memory_of, shared_parameters
+from .passes import PeakBytes, after_each, drawn_so_far, reproducibly
 from .patches import Rows, choose, inputs_at, outputs_at, rows_of
 from .samples import Samples
 
 FEW = 3
-CHECKED = 64
+CHECKED = 16
 """Output positions on which it is checked what a layer computes."""
 CLOSE = 2e-3
 """Largest distance of a layer's output from its weight times what it reads, relative to the largest product."""
@@ -60,12 +60,15 @@ class Facts:
         unfit: per layer, why it cannot be refitted.
         bytes_per_sample: of all activations that live at the same time.
         outputs: per layer, number of output rows of all calls, and channels, per sample.
+        apart: whether samples can be run in any batches: each has its rows together in dimension 0 of every
+            layer's input, and no random numbers are drawn.
     """
 
     layouts: dict[str, list[Layout]]
     unfit: dict[str, str]
     bytes_per_sample: float
     outputs: dict[str, tuple[float, int]]
+    apart: bool
 
 
 def probe(model: nn.Module, layers: Sequence[CutLayer], samples: Samples, device: torch.device) -> Facts:
@@ -100,13 +103,16 @@ def probe(model: nn.Module, layers: Sequence[CutLayer], samples: Samples, device
             per_call = zip(*masks, strict=True) if masks else (() for _ in calls)
             shapes = [_lead(layer.module, x) for x in calls]
             layouts[layer.name] = [_layout(s, m, few) for s, m in zip(shapes, per_call, strict=True)]
-    return Facts(layouts, {n: r for n, r in unfit.items() if r}, counted.peak / few, first.outputs_per(few))
+    together = [x for per_layer in layouts.values() for x in per_layer if x.problem or x.axis or x.in_turns]
+    apart = not first.drew and not together and len(layouts) == len(layers)
+    return Facts(layouts, unfit, counted.peak / few, first.outputs_per(few), apart)
 
 
 class _Seen:
     """What one small pass showed: per layer and call, its input, and the size of its output."""
 
     def __init__(self) -> None:
+        self.drew = False
         self.read: dict[str, list[Tensor]] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
 
@@ -141,9 +147,10 @@ def _run(
             before = seen.sizes.get(layer.name, (0, 0))[0]
             seen.sizes[layer.name] = (before + torch.Size(rows).numel(), channels)
 
-    watch = _Borrowed(layers)
+    watch = _Borrowed(model, layers)
     args, kwargs = samples.arguments(index, device)
     with reproducibly(model), after_each(layers, see):
+        before = drawn_so_far(device)
         if unfit is None:
             with counted or nullcontext():
                 model(*args, **kwargs)
@@ -152,6 +159,7 @@ def _run(
                 model(*args, **kwargs)
             for name, reason in watch.found.items():
                 unfit.setdefault(name, reason)
+        seen.drew = drawn_so_far(device) != before
     return seen
 
 
@@ -183,11 +191,13 @@ def _is_product(layer: CutLayer, x: Tensor, y: Tensor) -> bool:
         return False
     shape = rows_of(module, y)
     rows = Rows(shape, choose(torch.Size(shape).numel(), CHECKED))
-    read, weight = inputs_at(module, x, rows).double(), layer.matrix()
-    bias = read.new_zeros(()) if module.bias is None else module.bias.double()
+    kind = torch.promote_types(module.weight.dtype, torch.float32)
+    read, weight = inputs_at(module, x, rows).to(kind), layer.matrix(kind)
+    bias = read.new_zeros(()) if module.bias is None else module.bias.to(kind)
     wanted = (read @ weight).transpose(0, 1).flatten(1) + bias
-    size = (read.abs() @ weight.abs()).transpose(0, 1).flatten(1) + bias.abs()
-    rest = (outputs_at(module, y, rows).double() - wanted).abs()
+    size = read.norm(dim=2, keepdim=True) * weight.norm(dim=1, keepdim=True)  # no product is larger
+    size = size.transpose(0, 1).flatten(1) + bias.abs()
+    rest = (outputs_at(module, y, rows).to(kind) - wanted).abs()
     close = max(CLOSE, 8 * torch.finfo(y.dtype).eps)
     good = size.isfinite()
     return bool((rest[good] <= close * size[good].amax()).all()) if bool(good.any()) else True
@@ -196,8 +206,9 @@ def _is_product(layer: CutLayer, x: Tensor, y: Tensor) -> bool:
 class _Borrowed(TorchFunctionMode):
     """Notes layers whose weight or bias is used by a call outside of them."""
 
-    def __init__(self, layers: Sequence[CutLayer]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[CutLayer]) -> None:
         super().__init__()
+        several = shared_parameters(model)  # of those, others decide
         self.found: dict[str, str] = {}
         self._layers = layers
         self._running: list[str] = []
@@ -205,7 +216,7 @@ class _Borrowed(TorchFunctionMode):
             id(tensor): layer.name
             for layer in layers
             for tensor in layer.module._parameters.values()
-            if tensor is not None
+            if tensor is not None and memory_of(tensor) not in several
         }
 
     def inside(self) -> _Running:

@@ -11,17 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ObservationError
-from .cutlayer import CutLayer
+from .cutlayer import CutLayer, memory_of, shared_parameters
 from .passes import after_each, device_of, drawn_so_far, output_error, read_by, reproducibly
 from .patches import Rows, choose, inputs_at, outputs_at, rows_of
-from .probe import Facts, probe
-from .regression import refit
+from .probe import Facts, Layout, probe
+from .regression import mean_square, refit
 from .samples import Samples, even_choice
 
-ROWS, MOST_ROWS, PER_FEATURE = 2048, 16384, 48
-"""A layer with f features is fitted to PER_FEATURE * f output positions, at least ROWS, at most MOST_ROWS."""
-HELD_OUT, MOST_HELD_OUT = 1 / 8, 128
+ROWS, PER_FEATURE = 2048, 48
+"""A layer with f features is fitted to PER_FEATURE * f output positions, at least ROWS, ..."""
+WORK, FEWEST, MOST = 1 << 32, 2048, 16384
+"""... and at most WORK / f^2, or FEWEST where that is less, and never more than MOST."""
+HELD_OUT, MOST_HELD_OUT = 1 / 10, 64
 """Of the samples, this part, at most that many, are kept from the fit and judge the whole."""
+MATRICES = 6
+"""Matrices of features squared that a regression holds at a time."""
+BATCH, LEAST_BATCH, BATCH_BYTES = 64, 8, 40 << 20
+"""Samples per forward pass before the cut, where any number gives the same: as many as fit into a cache."""
 ZERO = 64
 """An error of so many times the rounding of a single value is none."""
 
@@ -90,6 +96,49 @@ class _Wanted:
     drawn: bytes
 
 
+class _Recorded:
+    """Gathers a :class:`_Wanted` over the batches of the pass before the cut.
+
+    Args:
+        layout: where samples lie among the rows of the call.
+        some: output positions to keep, over all batches.
+        count: number of samples, over all batches.
+        drawn: see :func:`drawn_so_far`.
+    """
+
+    def __init__(self, layout: Layout, some: int, count: int, drawn: bytes) -> None:
+        self._layout, self._some, self._count, self._drawn = layout, some, count, drawn
+        self._parts: list[tuple[Tensor, int, Tensor]] = []
+        self._shapes: list[tuple[tuple[int, ...], torch.Size]] = []
+
+    def add(self, module: nn.Module, x: Tensor, y: Tensor, first: int, samples: int) -> None:
+        """Keep some outputs ``y`` of a batch of so many ``samples``, from number ``first`` on."""
+        shape = rows_of(module, y)
+        self._shapes.append((shape, x.shape))
+        if shape[self._layout.axis] != self._layout.rows * samples:
+            return
+        each = math.prod(shape) // samples
+        index = choose(each * self._count, self._some)
+        index = index[(index >= first * each) & (index < (first + samples) * each)] - first * each
+        even = (self._layout.samples(Rows(shape, index), samples) + first) % 2 == 0
+        index = torch.cat([index[even], index[~even]])
+        values = outputs_at(module, y, Rows(shape, index.to(y.device)))
+        self._parts.append((index + first * each, int(even.sum()), values))
+
+    def joined(self) -> _Wanted | None:
+        """All batches together; ``None`` where they do not fit together."""
+        shapes = {(shape[1:], read[1:]) for shape, read in self._shapes}
+        if len(self._parts) < len(self._shapes) or len(shapes) > 1:
+            return None
+        shape = (sum(s[0] for s, _ in self._shapes), *self._shapes[0][0][1:])
+        read = torch.Size([sum(r[0] for _, r in self._shapes), *self._shapes[0][1][1:]])
+        index = [i[:even] for i, even, _ in self._parts] + [i[even:] for i, even, _ in self._parts]
+        values = [v[:even] for _, even, v in self._parts] + [v[even:] for _, even, v in self._parts]
+        device = values[0].device
+        rows = Rows(shape, torch.cat(index).to(device))
+        return _Wanted(rows, sum(even for _, even, _ in self._parts), torch.cat(values), read, self._drawn)
+
+
 class Refit:
     """Two passes over the same samples: one before the cut, one after it, in which layers are refitted.
 
@@ -111,9 +160,9 @@ class Refit:
         self._device = device_of(model)
         self._facts = probe(model, layers, samples, self._device)
         self._shapes = _shapes(model)
-        self._rows, kept = _rows_per_layer(layers, self._facts, samples.count, memory // 2)
-        room = (memory - kept) / max(1.0, self._facts.bytes_per_sample)
-        chosen = even_choice(samples.count, min(samples.count, max(2, int(room))))
+        budget = _Budget.of(layers, self._facts, samples.count, memory)
+        self._rows = budget.rows
+        chosen = even_choice(samples.count, budget.samples)
         held = min(MOST_HELD_OUT, int(len(chosen) * HELD_OUT))
         if held:
             out = even_choice(len(chosen), held)
@@ -172,8 +221,10 @@ class Refit:
 
     def _record(self) -> Any:
         """Keep what layers give before the cut; return the outputs by which the whole is judged."""
+        found: dict[tuple[str, int], _Recorded] = {}
         calls: dict[str, int] = {}
-        count = len(self._fitting)
+        total = len(self._fitting)
+        first, batch = 0, self._fitting
 
         def see(layer: CutLayer, x: Tensor, y: Any, args: Any, kwargs: Any) -> None:
             number = calls.get(layer.name, 0)
@@ -181,20 +232,24 @@ class Refit:
             layouts = self._facts.layouts.get(layer.name, ())
             if layer.name in self._facts.unfit or number >= len(layouts) or layouts[number].problem:
                 return
-            layout, shape = layouts[number], rows_of(layer.module, y)
-            if shape[layout.axis] != layout.rows * count:
-                return
             some = math.ceil(self._rows[layer.name] / len(layouts))
-            index = choose(math.prod(shape), some)
-            even = layout.samples(Rows(shape, index), count) % 2 == 0
-            rows = Rows(shape, torch.cat([index[even], index[~even]]).to(y.device))
-            values = outputs_at(layer.module, y, rows)
-            drawn = drawn_so_far(self._device)
-            self._wanted[layer.name, number] = _Wanted(rows, int(even.sum()), values, x.shape, drawn)
+            key = layer.name, number
+            if key not in found:
+                found[key] = _Recorded(layouts[number], some, total, drawn_so_far(self._device))
+            found[key].add(layer.module, x, y, first, len(batch))
 
         with reproducibly(self._model), after_each(self._layers, see):
-            self._call(self._fitting)
+            for batch in self._fitting.split(self._batch()):
+                calls.clear()
+                self._call(batch)
+                first += len(batch)
+        self._wanted = {key: wanted for key, parts in found.items() if (wanted := parts.joined()) is not None}
         return self._judge()
+
+    def _batch(self) -> int:
+        if not self._facts.apart:
+            return len(self._fitting)
+        return max(LEAST_BATCH, min(BATCH, int(BATCH_BYTES / max(1.0, self._facts.bytes_per_sample))))
 
     def problem(self, name: str) -> str:
         """Why a layer cannot be refitted, whatever comes; empty if it can."""
@@ -220,7 +275,7 @@ class _Pass:
     def __init__(self, owner: Refit, layers: Sequence[CutLayer], cut: Sequence[nn.Module]) -> None:
         self._owner, self._layers, self._cut = owner, layers, cut
         self._reports: dict[str, LayerReport] = {}
-        self._shared = _shared(owner._model)
+        self._shared = shared_parameters(owner._model)
         self._calls: dict[str, int] = {}
         self._held: set[str] = set()
         self._gathered: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
@@ -296,9 +351,9 @@ class _Pass:
             return "it reads another number of rows than before the cut"
         if drawn_so_far(x.device) != wanted.drawn:
             return "the model draws random numbers before it, and others since the cut"
-        others = [*self._shared.get(_memory(layer.module.weight), ())]
+        others = [*self._shared.get(memory_of(layer.module.weight), ())]
         if layer.module.bias is not None:
-            others += self._shared.get(_memory(layer.module.bias), ())
+            others += self._shared.get(memory_of(layer.module.bias), ())
         if others:
             return f"its weight or bias is shared: {', '.join(dict.fromkeys(others))}"
         return ""
@@ -324,11 +379,11 @@ class _Pass:
         if layer.module.bias is not None:
             error -= layer.module.bias.to(dtype).view(layer.groups, 1, -1)
         kept, removed = layer.inputs, layer.all_inputs - layer.inputs
-        power = float(y.double().square().mean(1).sum()) if y.shape[1] else 0.0
+        power = mean_square(y)
         none = (ZERO * _rounding(layer.module.weight)) ** 2 * power
         if y.shape[1] == 0:
             self._skip(layer, "all that it reads or gave holds NaN or inf")
-        elif float(error.double().square().mean(1).sum()) <= none:
+        elif mean_square(error) <= none:
             self._reports[layer.name] = LayerReport(layer.name, kept, removed, 0.0, 0.0)
         elif not self._reached and not removed:
             raise _Mixed(layer.name)
@@ -368,20 +423,35 @@ def _rounding(weight: Tensor) -> float:
     return 1e-3 if short else torch.finfo(weight.dtype).eps
 
 
-def _rows_per_layer(
-    layers: Sequence[CutLayer], facts: Facts, count: int, memory: int
-) -> tuple[dict[str, int], float]:
-    """Output positions that each layer is fitted to, and the bytes that are kept of them: at most ``memory``."""
-    rows = {layer.name: max(ROWS, min(MOST_ROWS, PER_FEATURE * layer.features)) for layer in layers}
-    size = sum(
-        min(rows[layer.name], count * facts.outputs[layer.name][0])
-        * facts.outputs[layer.name][1]
-        * layer.module.weight.element_size()
-        for layer in layers
-        if layer.name in facts.outputs
-    )
-    share = min(1.0, memory / max(1, size))
-    return {name: max(2, int(number * share)) for name, number in rows.items()}, size * share
+@dataclass(frozen=True)
+class _Budget:
+    """What a step keeps and works on, so that it fits into ``memory`` bytes.
+
+    Attributes:
+        rows: per layer, output positions that it is fitted to.
+        samples: how many there is room for.
+    """
+
+    rows: dict[str, int]
+    samples: int
+
+    @classmethod
+    def of(cls, layers: Sequence[CutLayer], facts: Facts, count: int, memory: int) -> _Budget:
+        """A quarter for kept outputs, a quarter for the rows of one regression, the rest for activations."""
+        rows, kept, work = {}, 0.0, 0
+        for layer in layers:
+            each, channels = facts.outputs.get(layer.name, (0.0, 0))
+            size = layer.module.weight.element_size()
+            most = min(MOST, max(FEWEST, WORK // layer.features**2))
+            wanted = max(ROWS, min(most, PER_FEATURE * layer.features))
+            read = layer.features * layer.groups * 4 * size + layer.taps * 32 + channels * (5 * size + 16)
+            rows[layer.name] = max(2, min(wanted, memory // 4 // read))
+            work = max(work, rows[layer.name] * read + MATRICES * 8 * layer.groups * layer.features**2)
+            kept += min(rows[layer.name], count * each) * channels * size
+        share = min(1.0, memory / 4 / max(1.0, kept))
+        rows = {name: max(2, int(number * share)) for name, number in rows.items()}
+        room = max(memory / 4, memory - kept * share - work)
+        return cls(rows, min(count, max(2, int(room / max(1.0, facts.bytes_per_sample)))))
 
 
 def _shapes(model: nn.Module) -> dict[nn.Module, dict[str, torch.Size | None]]:
@@ -391,17 +461,3 @@ def _shapes(model: nn.Module) -> dict[nn.Module, dict[str, torch.Size | None]]:
 def _own_shapes(module: nn.Module) -> dict[str, torch.Size | None]:
     tensors = {**module._parameters, **module._buffers}
     return {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _shared(model: nn.Module) -> dict[int, list[str]]:
-    """Storages of parameters that several modules hold, with the names of those."""
-    found: dict[int, dict[nn.Module, str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(_memory(parameter), {})[module] = f"{name}.{key}" if name else key
-    return {memory: list(owners.values()) for memory, owners in found.items() if len(owners) > 1}

@@ -27,14 +27,20 @@ from torch import Tensor
 
 RIDGES = (1e-10, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridges that cross-validation chooses from, as multiples of the mean variance of the features."""
-FIRST = (2, 5, 8)
+FIRST, FIRST_MANY = (2, 5, 8), (5, 8)
 """Those tried first; then the neighbours of the best, until it lies between two that are worse."""
+MANY = 512
+"""With more features, ridges are searched for on one half, and only the best is judged on the other too."""
 JUDGED = 64
 """Outputs on which ridges are compared, at most: an even choice of all."""
 FLOOR = 1e-13
 """Least ridge: keeps a singular problem solvable."""
 EXACT = 1e-4
 """An error of which no more than this is left is worked out in double precision."""
+SHORT = 1e-2
+"""From this ridge on, single precision solves for what has been read in single precision."""
+TRIES = 3
+"""Candidates that are judged on both halves, at most, where there are many features."""
 BLOCKS = 4
 """A product of a matrix with its own transpose is made of so many blocks each way, the lower ones mirrored."""
 
@@ -85,7 +91,7 @@ def refit(
 
 
 def _refit(x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None, margin: float) -> Update:
-    nothing = Update(None, None, float("nan"), float(e.double().square().mean(1).sum()), float("nan"))
+    nothing = Update(None, None, float("nan"), mean_square(e), float("nan"))
     center = x.mean(1, keepdim=True) if affine else torch.zeros_like(x[:, :1])
     x = x - center  # moments are taken about the mean: no digits are lost
     rows, features = x.shape[1:]
@@ -93,51 +99,65 @@ def _refit(x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None, m
     sums: _Sums = make(x, e, even, affine)
     choice = ridge
     if 0 < even < rows:
-        before = sums.power
-        tried = _search(sums, before, margin) if ridge is None else {ridge: sums.held_out(ridge)}
+        before = now = sums.power
         if ridge is None:
-            safe = [r for r, after in tried.items() if _is_safe(after, before, margin)]
-            choice = min(safe, key=lambda r: float(tried[r].sum())) if safe else None
-        now = before if choice is None else tried[choice]
+            choice, now = _search(sums, margin, features > MANY)
+        else:
+            now = torch.stack([sums.held_out(ridge, half) for half in (0, 1)])
         left = float(now.sum() / before.sum()) if float(before.sum()) > 0 else 0.0
         nothing = replace(nothing, after=nothing.before * left)
     if choice is None:
         return nothing
-    delta, constant = sums.solve(choice)
-    if not bool(delta.isfinite().all()):
-        return nothing
+    for used in (choice, *(r for r in RIDGES if r > choice)):  # what is singular to rounding needs more
+        delta, constant = sums.solve(used)
+        if bool(delta.isfinite().all()):
+            break
+    else:
+        return replace(nothing, after=nothing.before if 0 < even < rows else nothing.after)
     constant = constant - center.double() @ delta
     return Update(
         None if choice == float("inf") else delta,
         constant.squeeze(1) if affine else None,
-        choice,
+        used,
         nothing.before,
         nothing.after,
     )
 
 
-def _is_safe(after: Tensor, before: Tensor, margin: float) -> bool:
-    return bool((after <= (1 - margin) * before).all()) and bool(after.isfinite().all())
+def _search(sums: _Sums, margin: float, many: bool) -> tuple[float | None, Tensor]:
+    """The ridge of the least held-out error that is less than now on either half, and those errors.
 
+    The error is taken to fall and rise once over the ridges.
+    """
+    found: dict[tuple[float, int], Tensor] = {}
 
-def _search(sums: _Sums, before: Tensor, margin: float) -> dict[float, Tensor]:
-    """Held-out errors of ridges around the best; the error is taken to fall and rise once over the ridges."""
-    tried = {ridge: sums.held_out(ridge) for ridge in (RIDGES[i] for i in FIRST)}
-    if sums.affine:
-        tried[float("inf")] = sums.held_out(float("inf"))
+    def error(ridge: float, half: int) -> Tensor:
+        if (ridge, half) not in found:
+            found[ridge, half] = sums.held_out(ridge, half)
+        return found[ridge, half]
 
-    def error(ridge: float) -> float:
-        total = float(tried[ridge].sum())
-        return total if total == total else float("inf")
+    def total(ridge: float) -> float:
+        value = float(sum(error(ridge, half) for half in ((0,) if many else (0, 1))))
+        return value if value == value else float("inf")
 
+    tried = {RIDGES[i] for i in (FIRST_MANY if many else FIRST)}
     while True:
-        known = [r for r in RIDGES if r in tried]
-        best = RIDGES.index(min(known, key=error))
-        near = [RIDGES[i] for i in (best - 1, best + 1) if 0 <= i < len(RIDGES) and RIDGES[i] not in tried]
+        best = RIDGES.index(min(sorted(tried), key=total))
+        near = {RIDGES[i] for i in (best - 1, best + 1) if 0 <= i < len(RIDGES)} - tried
         if not near:
-            return tried
-        for ridge in near:
-            tried[ridge] = sums.held_out(ridge)
+            break
+        tried |= near
+    candidates = sorted({*tried, float("inf")} if sums.affine else tried, key=total)
+    for ridge in candidates[: TRIES if many else None]:
+        left = torch.stack([error(ridge, half) for half in (0, 1)])
+        if bool((left <= (1 - margin) * sums.power).all()) and bool(left.isfinite().all()):
+            return ridge, left
+    return None, sums.power
+
+
+def mean_square(e: Tensor) -> float:
+    """Mean square of e over rows, summed over groups and outputs."""
+    return float(e.square().sum()) / max(1, e.shape[1])
 
 
 class _Sums(abc.ABC):
@@ -148,8 +168,8 @@ class _Sums(abc.ABC):
     """``(2,)``: mean square of the error on each half, summed over groups and the outputs that are judged."""
 
     @abc.abstractmethod
-    def held_out(self, ridge: float) -> Tensor:
-        """``(2,)``: what a regression on the other half leaves of :attr:`power` on each half."""
+    def held_out(self, ridge: float, half: int) -> Tensor:
+        """What a regression on the other half leaves of :attr:`power` on ``half``."""
 
     @abc.abstractmethod
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
@@ -160,26 +180,27 @@ class _Primal(_Sums):
     """Moments between features; for fewer features than rows."""
 
     def __init__(self, x: Tensor, e: Tensor, even: int, affine: bool) -> None:
-        self.affine = affine
+        self.affine, self._kind = affine, x.dtype
         halves = [(x[:, part], e[:, part]) for part in (slice(even), slice(even, None)) if len(x[0, part])]
-        self._parts = [_Moments.of(*half) for half in halves]
-        self._whole = self._parts[0] if len(halves) == 1 else self._parts[0].plus(self._parts[1])
-        self._judged = [part.judged() for part in self._parts]
-        self.power = torch.stack([part.error(None, None) for part in self._judged])
+        parts = [_Moments.of(*half) for half in halves]
+        self._whole = parts[0] if len(halves) == 1 else parts[0].plus(parts[1])
+        self._judged = {torch.float64: [part.judged() for part in parts]}
+        self._judged[self._kind] = [part.to(self._kind) for part in self._judged[torch.float64]]
+        self.power = torch.stack([part.error(None, None) for part in self._judged[torch.float64]])
 
-    def held_out(self, ridge: float) -> Tensor:
-        left = []
-        for test, train in zip(self._judged, self._judged[::-1], strict=True):
-            left.append(test.error(*train.solve(ridge, self.affine)))
-        return torch.stack(left)
+    def held_out(self, ridge: float, half: int) -> Tensor:
+        parts = self._judged[self._kind if ridge >= SHORT else torch.float64]
+        return parts[half].error(*parts[1 - half].solve(ridge, self.affine)).double()
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        return self._whole.solve(ridge, self.affine)
+        whole = self._whole.to(self._kind) if ridge >= SHORT else self._whole
+        delta, constant = whole.solve(ridge, self.affine)
+        return delta.double(), constant.double()
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Sums over rows, float64: number, x, e, x x^T, x e^T, and e^2 over groups and outputs."""
+    """Sums over rows: number, x, e, x x^T, x e^T, and e^2."""
 
     rows: int
     x: Tensor
@@ -190,13 +211,16 @@ class _Moments:
 
     @classmethod
     def of(cls, x: Tensor, e: Tensor) -> _Moments:
-        cross = (x.mT @ e).double()
-        square = e.double().square().sum(1, keepdim=True)
-        return cls(x.shape[1], _total(x), _total(e), gram(x).double(), cross, square)
+        square = e.square().sum(1, keepdim=True).double()
+        return cls(x.shape[1], _total(x), _total(e), gram(x).double(), (x.mT @ e).double(), square)
 
     def plus(self, other: _Moments) -> _Moments:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return _Moments(*(mine + theirs for mine, theirs in pairs))
+
+    def to(self, kind: torch.dtype) -> _Moments:
+        """The same in another precision."""
+        return _Moments(self.rows, *(t.to(kind) for t in (self.x, self.e, self.xx, self.xe, self.ee)))
 
     def judged(self) -> _Moments:
         """The same for an even choice of outputs."""
@@ -228,34 +252,41 @@ class _Dual(_Sums):
 
     def __init__(self, x: Tensor, e: Tensor, even: int, affine: bool) -> None:
         self.affine = affine
-        self._x, self._e, self._even, self._rows = x, e.double(), even, x.shape[1]
-        self._products = gram(x.mT).double()  # (groups, rows, rows)
-        self._judged = self._e[:, :, :: -(-e.shape[2] // JUDGED)]
+        self._x, self._e = x, e
+        self._halves = slice(even), slice(even, x.shape[1])
+        products = gram(x.mT)  # (groups, rows, rows)
+        self._products = {torch.float64: products.double(), x.dtype: products}
+        judged = e[:, :, :: -(-e.shape[2] // JUDGED)]
+        self._judged = {torch.float64: judged.double(), x.dtype: judged}
         self.power = torch.stack(
-            [half.square().mean(1).sum() for half in (self._judged[:, :even], self._judged[:, even:])]
+            [self._judged[torch.float64][:, half].square().mean(1).sum() for half in self._halves]
         )
 
-    def held_out(self, ridge: float) -> Tensor:
-        halves = slice(self._even), slice(self._even, self._rows)
-        left = []
-        for test, train in (halves, halves[::-1]):
-            alpha, mean, between = self._fit(train, self._judged, ridge, self._products[:, test, train])
-            rest = self._judged[:, test] - mean - (0 if alpha is None else between @ alpha)
-            left.append(rest.square().mean(1).sum())
-        return torch.stack(left)
+    def held_out(self, ridge: float, half: int) -> Tensor:
+        kind = self._x.dtype if ridge >= SHORT else torch.float64
+        test, train = self._halves[half], self._halves[1 - half]
+        products, e = self._products[kind], self._judged[kind]
+        own, between = products[:, train, train], products[:, test, train]
+        alpha, mean, between = self._fit(own, e[:, train], ridge, between)
+        rest = e[:, test] - mean - (0 if alpha is None else between @ alpha)
+        return rest.double().square().mean(1).sum()
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        everything = slice(0, self._rows)
-        alpha, mean, _ = self._fit(everything, self._e, ridge, self._products[:, :1])
+        if ridge < SHORT and self._x.shape[2] <= self._x.shape[1]:  # products of rows would be singular
+            return _Primal(self._x, self._e, self._x.shape[1], self.affine).solve(ridge)
+        kind = self._x.dtype if ridge >= SHORT else torch.float64
+        products = self._products[kind]
+        alpha, mean, _ = self._fit(products, self._e.to(kind), ridge, products[:, :1])
         if alpha is None:
-            return self._e.new_zeros(len(self._e), self._x.shape[2], self._e.shape[2]), mean
+            return mean.new_zeros(len(mean), self._x.shape[2], mean.shape[2]).double(), mean.double()
         center = self._x.mean(1, keepdim=True) if self.affine else torch.zeros_like(self._x[:, :1])
         delta = ((self._x - center).mT @ alpha.to(self._x.dtype)).double()
-        return delta, mean - center.double() @ delta if self.affine else mean
+        return delta, mean.double() - center.double() @ delta if self.affine else mean.double()
 
-    def _fit(self, train: slice, e: Tensor, ridge: float, between: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Weights of the rows ``train``, the mean of e, products ``between`` others and those rows, centred."""
-        own, wanted = self._products[:, train, train], e[:, train]
+    def _fit(
+        self, own: Tensor, wanted: Tensor, ridge: float, between: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Weights of rows of products ``own``, their mean of e, products ``between`` others and them, centred."""
         mean = wanted.mean(1, keepdim=True) if self.affine else torch.zeros_like(wanted[:, :1])
         if ridge == float("inf"):
             return None, mean, between
@@ -282,12 +313,12 @@ def gram(x: Tensor) -> Tensor:
 
 
 def _total(x: Tensor) -> Tensor:
-    return x.sum(1, keepdim=True, dtype=torch.float64)
+    return x.sum(1, keepdim=True).double()
 
 
 def _solve(matrix: Tensor, right: Tensor, ridge: float, unit: Tensor) -> Tensor:
     """``(matrix + ridge * unit * I)^-1 right``; NaN where it is singular to rounding."""
-    shift = (max(ridge, FLOOR) * unit).clamp_min(torch.finfo(matrix.dtype).tiny)
+    shift = (max(ridge, FLOOR) * unit).to(matrix.dtype).clamp_min(torch.finfo(matrix.dtype).tiny)
     matrix = matrix.clone()
     matrix.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
     factor, failed = torch.linalg.cholesky_ex(matrix)

@@ -72,8 +72,9 @@ def save_pruned(
     Raises:
         ImportError: safetensors or the library is not installed.
         TypeError: ``source`` is not plain JSON.
-        ValueError: a module cannot be written down and needs a ``builder``; ``source`` is no known model, or builds a network that ``model`` cannot have been pruned
-            from; or something differs that cannot be saved, or does not come back the same; the message names it.
+        ValueError: a module cannot be written down and needs a ``builder``; ``source`` is no known model, or
+            builds a network that ``model`` cannot have been pruned from; or something differs that cannot be
+            saved, or does not come back the same. The message names it.
 
     Example:
         >>> import tempfile, torch, torch_pruning as tp
