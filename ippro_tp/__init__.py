@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .graph.attention import attention_heads, update_attention
     from .importance.pro import PROImportance
     from .importance.spasp import SpaSPImportance
+    from .layers import register_activation, register_norm
     from .pruning.latency import LatencyTable
     from .pruning.prune import prune
     from .pruning.result import PruneResult
@@ -41,6 +42,7 @@ _HOMES = {
     ".importance.pro": ("PROImportance",),
     ".importance.spasp": ("SpaSPImportance",),
     ".pruning.latency": ("LatencyTable",),
+    ".layers": ("register_activation", "register_norm"),
     ".pruning.prune": ("prune",),
     ".pruning.result": ("PruneResult",),
     ".pruning.saving": ("load_pruned", "save_pruned"),
@@ -67,6 +69,8 @@ __all__ = [
     "attention_heads",
     "load_pruned",
     "prune",
+    "register_activation",
+    "register_norm",
     "save_pruned",
     "update_attention",
 ]

@@ -18,6 +18,9 @@ from ippro_tp import (
     SpaSPImportance,
     StaleStatisticsError,
     attention_heads,
+    layers,
+    register_activation,
+    register_norm,
     update_attention,
 )
 from ippro_tp.graph.groups import groups_of
@@ -248,3 +251,35 @@ def test_it_shows_its_options_and_state():
         case.pruner(model, None), [case.inputs(4, torch.float32)], progress=False
     )
     assert repr(imp) == "PROImportance(cost=<lambda>): 4 samples, 3 groups"
+
+
+def test_norms_and_activations_can_be_registered(monkeypatch):
+    monkeypatch.setattr(layers, "_NORMS", list(layers._NORMS))
+    monkeypatch.setattr(layers, "_ACTIVATIONS", set(layers._ACTIVATIONS))
+
+    class FilterNorm(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+        def forward(self, x):
+            return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.fc(torch.erf(self.conv(x)).mean((2, 3)))
+
+    model, x = Net().eval(), torch.randn(4, 3, 6, 6)
+    sites = []
+    for _ in range(2):
+        imp = PROImportance("paper", step_size=0.1)
+        imp.calibrate(make_pruner(model, x[:1], imp, [model.fc]), [x], LogitNoise(), progress=False)
+        sites.append(imp.report().groups[0].sites["conv"])
+        register_activation(torch.erf)
+    assert sites == [None, "erf #0"]
+    assert not layers.is_channel_norm(FilterNorm(2))
+    assert layers.is_channel_norm(register_norm(FilterNorm)(2))

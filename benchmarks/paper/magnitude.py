@@ -24,7 +24,7 @@ from benchmarks.paper.rows import AnalysisConfig, Rows
 from benchmarks.paper.scoring import arm_scores, kept_channels
 from benchmarks.tasks import Task, build_task, defaults_of
 from ippro_tp.graph.groups import read_group
-from ippro_tp.layers import CHANNEL_NORMS
+from ippro_tp.layers import is_channel_norm
 
 CRITERIA = (
     "l1", "l2", "bn", "lamp", "fpgm", "taylor", "hessian", "ispasp", "pro", "pro-paper-lam1", "pro-paper-lam0.001",
@@ -95,7 +95,7 @@ def channel_norms(task: Task) -> dict[str, dict[GroupKey, Tensor]]:
             squares = torch.zeros(record.width)
             for layer in record.producers:
                 module = task.model.get_submodule(layer.name)
-                if isinstance(module, CHANNEL_NORMS) == (measure == "norm"):
+                if is_channel_norm(module) == (measure == "norm"):
                     squares.index_add_(0, layer.root, _row_squares(module)[layer.index])
             if squares.any():
                 found[measure][group_key(group)] = squares.sqrt()

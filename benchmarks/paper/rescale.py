@@ -14,7 +14,7 @@ from benchmarks.harness.prune import build_pruner
 from benchmarks.harness.scores import prunable_groups
 from benchmarks.tasks import Task
 from ippro_tp.graph.groups import read_group
-from ippro_tp.layers import CHANNEL_NORMS
+from ippro_tp.layers import is_channel_norm
 from ippro_tp.records import GroupRecord, Layer
 
 KINDS = ("between layers", "before BatchNorm")
@@ -70,7 +70,7 @@ def _groups(model: nn.Module, task: Task) -> Iterator[tuple[GroupRecord, dict[st
         for item in group:
             name = pruner.DG._module2name.get(item.dep.target.module)
             for after in item.dep.target.outputs:
-                if isinstance(after.module, CHANNEL_NORMS):
+                if is_channel_norm(after.module):
                     normed[name] = pruner.DG._module2name[after.module]
         yield read_group(group), normed
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import CHANNEL_NORMS
+from ..layers import is_channel_norm
 from ..records import GroupRecord, Layer, Pass, Wiring
 from .base import reduce_layers
 from .projective import SCORE_LIMIT, pro_excess
@@ -38,7 +38,7 @@ class PaperEstimator:
         for record in records:
             for layer in record.producers:
                 module = model.get_submodule(layer.name)
-                if isinstance(module, CHANNEL_NORMS) and self._target == "conv":
+                if is_channel_norm(module) and self._target == "conv":
                     continue
                 for name, parameter in _filter_parameters(module).items():
                     found[f"{layer.name}.{name}"] = parameter
@@ -177,7 +177,7 @@ def _filter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(module, nn.MultiheadAttention):
         module, prefix, names = module.out_proj, "out_proj.", ["weight"]
     else:
-        prefix, names = "", ["weight", "bias"] if isinstance(module, CHANNEL_NORMS) else ["weight"]
+        prefix, names = "", ["weight", "bias"] if is_channel_norm(module) else ["weight"]
     return {prefix + name: p for name in names if isinstance(p := getattr(module, name, None), nn.Parameter)}
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch_pruning._helpers import _HybridIndex as HybridIndex
 
 from ..errors import StaleStatisticsError
-from ..layers import NOT_PRODUCERS, WRITERS
+from ..layers import NOT_PRODUCERS, is_writer
 from ..records import GroupRecord, Layer
 
 
@@ -168,9 +168,7 @@ def read_group(group: Any) -> GroupRecord:
             continue
         out = graph.is_out_channel_pruning_fn(dep.handler)
         elementwise = out and graph.is_in_channel_pruning_fn(dep.handler)
-        produces = (
-            out and not isinstance(module, NOT_PRODUCERS) and (not elementwise or isinstance(module, WRITERS))
-        )
+        produces = out and not isinstance(module, NOT_PRODUCERS) and (not elementwise or is_writer(module))
         inputs = not out and graph.is_in_channel_pruning_fn(dep.handler)  # else a number that a module keeps
         consumes = inputs and isinstance(module, (_ConvNd, nn.Linear))
         reads = inputs and not consumes and not isinstance(module, NOT_PRODUCERS)

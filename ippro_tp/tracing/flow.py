@@ -21,14 +21,6 @@ from .tensormap import TensorMap
 from .trial import Trials
 
 # fmt: off
-ACTIVATIONS = frozenset({
-    "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "prelu", "rrelu", "threshold", "gelu",
-    "silu", "mish", "hardswish", "softplus", "softsign", "tanh", "sigmoid", "hardsigmoid", "logsigmoid",
-    "relu_", "hardtanh_", "leaky_relu_", "elu_", "selu_", "celu_", "rrelu_", "threshold_", "silu_", "mish_",
-    "hardswish_", "tanh_", "sigmoid_", "hardsigmoid_",
-})
-"""Element-wise functions, by the name PyTorch calls them, that count as the activation after a layer."""
-
 MIXING = frozenset({
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
     "bilinear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "tensordot",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ObservationError
-from ..layers import CHANNEL_NORMS
+from ..layers import is_activation, is_channel_norm
 from ..records import Label, Pass, Site, Span
 from .extension import Tap, Term, require_grad, storage_of
-from .flow import ACTIVATIONS, ChannelFlow
+from .flow import ChannelFlow
 from .norms import NormScales
 from .taps import Places
 from .tensormap import TensorMap
@@ -35,7 +35,6 @@ _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "to",
     "contiguous", "__getitem__", "narrow",
 }  # fmt: skip
-_TAKES_INPLACE = ACTIVATIONS | {"dropout", "dropout2d"}
 _INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
 
 
@@ -66,7 +65,7 @@ class Plan:
 
 def channel_axis(module: nn.Module, output: Tensor) -> int:
     """Convolutions and channel norms: 1. Everything else (Linear, Embedding, attention): the last axis."""
-    channels_second = isinstance(module, (nn.modules.conv._ConvNd, *CHANNEL_NORMS))
+    channels_second = isinstance(module, nn.modules.conv._ConvNd) or is_channel_norm(module)
     return 1 if channels_second else output.dim() - 1
 
 
@@ -97,14 +96,14 @@ class Forward:
 
     def enter_layer(self, name: str, module: nn.Module) -> None:
         """A producer is called."""
-        self._norms.append(name if isinstance(module, CHANNEL_NORMS) else None)
+        self._norms.append(name if is_channel_norm(module) else None)
 
     def leave_layer(self, name: str, module: nn.Module, args: Any, output: Any) -> Any:
         """A producer has given its output; returns what takes its place, or ``None``."""
         if not self._norms:
             return None
         pending = self._norms.pop()
-        is_norm = isinstance(module, CHANNEL_NORMS)
+        is_norm = is_channel_norm(module)
         if is_norm and pending is None:
             return None  # tapped at its functional call already
         first = output[0] if isinstance(output, tuple) else output
@@ -182,7 +181,7 @@ class Forward:
         name = getattr(func, "__name__", "")
         x = args[0] if args else kwargs.get("input")
         inplace = _is_inplace(name, args, kwargs)
-        if name in ACTIVATIONS and isinstance(x, Tensor) and self.flow[x] is not None:
+        if is_activation(name) and isinstance(x, Tensor) and self.flow[x] is not None:
             return self._activation(name, inplace, x, func, args, kwargs)
         if self._first and name in READS and (label := self.flow[x]) is not None:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -337,4 +336,5 @@ def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         return True
     if kwargs.get("inplace"):
         return True
-    return name in _TAKES_INPLACE and any(a is True for a in args[1:])
+    takes = is_activation(name) or name in ("dropout", "dropout2d")
+    return takes and any(a is True for a in args[1:])
