@@ -140,6 +140,11 @@ class GradientObservation:
         """Groups that cannot be scored, and why: Torch-Pruning would prune something else than what it says."""
         found: dict[str, str] = {}
         for record in self._records:
+            if record.problems:
+                found[record.key] = (
+                    f"Torch-Pruning's index map is impossible ({record.problems[0]}): it would cut other channels "
+                    "than it says, as after chunk and slices. ippro_tp.prune() follows where each channel goes."
+                )
             names = {producer.name for producer in record.producers}
             wrong = next((sorted(pair) for pair in self._observer.crossed if pair <= names), None)
             if wrong is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,10 +100,20 @@ def _frozen(model: nn.Module, records: Iterable[GroupRecord]) -> list[str]:
     ]
 
 
-def eagerly() -> AbstractContextManager[Any]:
-    """A context in which compiled functions run as they were written, so that layers can be watched."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return nullcontext() if set_stance is None else set_stance("force_eager")
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """A context in which code runs as it was written, layer by layer, so that layers can be watched.
+
+    Compiled functions run eagerly, and ``nn.TransformerEncoder`` does not take the fused path of inference, which
+    skips its layers and packs padded samples into nested tensors.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -212,6 +212,10 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
         """Groups that get no score, and why."""
         return dict(self._observed.unscored)
 
+    def _group_scores(self, record: GroupRecord, model: nn.Module) -> Tensor:
+        """``(width,)`` scores as the estimator gives them, before cost and depletion."""
+        return self._scoring().alone(record, model)
+
     def _scoring(self, graph: Any | None = None) -> Scoring:
         """The one cache of scores, as the pruner of ``graph`` ranks; whatever changes them empties it."""
         pruner = None if graph is None else self._pruner_of(graph)
