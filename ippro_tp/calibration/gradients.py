@@ -14,8 +14,8 @@ from ..errors import NEVER_CALLED, ObservationError
 from ..estimators.base import Estimator
 from ..estimators.sums import Sums
 from ..records import GroupRecord, Pass, Wiring, Work
-from ..tracing.forward import Plan
 from ..tracing.observer import Observer
+from ..tracing.plan import Plan
 from .processes import reducing
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from ..errors import ObservationError
 from ..layers import is_activation, is_channel_norm
 from ..records import Label, Pass, Site, Span
+from .claims import is_inplace
 from .extension import Tap, Term, require_grad, storage_of
 from .flow import ChannelFlow
-from .norms import NormScales
+from .plan import Plan, channel_axis
 from .taps import Places
 from .tensormap import TensorMap
-from .trial import Trials
 
 _NORM_CALLS = {"batch_norm", "instance_norm", "group_norm"}
 _MASKS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "threshold", "threshold_"}
@@ -35,38 +34,6 @@ _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "to",
     "contiguous", "__getitem__", "narrow",
 }  # fmt: skip
-_INPLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__"}
-
-
-@dataclass
-class Plan:
-    """What is tapped, the same in every pass.
-
-    Attributes:
-        activations: tap activation calls as well (the extension layer of the paper).
-        through_norms: keep the tap at a layer although a channel norm follows it.
-        untapped: producers whose sums nobody needs, once that is known.
-        unread: readers whose sums nobody needs.
-        owners: weight -> its layer, for uses of weights that go past their layer.
-        reads_of: layer whose weight read channels -> the layers they are of.
-        scales: of BatchNorm layers in eval mode.
-        trials: what functions do to channels.
-    """
-
-    activations: bool = False
-    through_norms: bool = False
-    untapped: set[str] = field(default_factory=set)
-    unread: set[str] = field(default_factory=set)
-    owners: dict[Tensor, str] = field(default_factory=dict)
-    reads_of: dict[str, set[str]] = field(default_factory=dict)
-    scales: NormScales = field(default_factory=NormScales)
-    trials: Trials = field(default_factory=Trials)
-
-
-def channel_axis(module: nn.Module, output: Tensor) -> int:
-    """Convolutions and channel norms: 1. Everything else (Linear, Embedding, attention): the last axis."""
-    channels_second = isinstance(module, nn.modules.conv._ConvNd) or is_channel_norm(module)
-    return 1 if channels_second else output.dim() - 1
 
 
 class Forward:
@@ -180,7 +147,7 @@ class Forward:
         """Make a call of a torch function, and note what it does."""
         name = getattr(func, "__name__", "")
         x = args[0] if args else kwargs.get("input")
-        inplace = _is_inplace(name, args, kwargs)
+        inplace = is_inplace(name, args, kwargs)
         if is_activation(name) and isinstance(x, Tensor) and self.flow[x] is not None:
             return self._activation(name, inplace, x, func, args, kwargs)
         if self._first and name in READS and (label := self.flow[x]) is not None:
@@ -329,12 +296,3 @@ class Forward:
             out, _ = self._extend(site, (Term(value),), out)
             self.flow.set(out, label)
         return out
-
-
-def _is_inplace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name in _INPLACE_DUNDERS or (name.endswith("_") and not name.endswith("__")):
-        return True
-    if kwargs.get("inplace"):
-        return True
-    takes = is_activation(name) or name in ("dropout", "dropout2d")
-    return takes and any(a is True for a in args[1:])

@@ -20,8 +20,9 @@ from ..errors import ObservationError
 from ..records import Pass, Site
 from .extension import require_grad
 from .flow import ChannelFlow
-from .forward import Forward, Plan
+from .forward import Forward
 from .passes import difference, samples_of_call
+from .plan import Plan
 from .probe import Layouts, Recording
 from .taps import Recorder, Taps
 
