@@ -19,11 +19,23 @@ STYLES = {
 }
 
 
+HARNESS = {
+    "unpruned": ("none", "none"),
+    "pro / macs, coupled": ("pro", "none"),
+    "pro / macs, coupled + compensation": ("pro", "compensation"),
+    "l2": ("l2", "none"),
+    "l2 + compensation": ("l2", "compensation"),
+    "taylor": ("taylor", "none"),
+}
+"""Arms of ``compare``, as they are called here."""
+
+
 @dataclass(frozen=True)
 class FigureConfig:
     """Draw the figure of the first page."""
 
-    rows: tuple[Path, ...] = (Path("benchmarks/results/product.csv"),)
+    rows: tuple[Path, ...] = (Path("benchmarks/results/resnet56.csv"),)
+    """Files of ``product``, or of ``compare``'s report; a panel for each network."""
     out: Path = Path("docs/figures/accuracy.png")
     value: str = "among"
     """accuracy, among or agreement."""
@@ -31,12 +43,12 @@ class FigureConfig:
 
 def run(config: FigureConfig) -> None:
     """Write a PNG that can be read at a width of 800 pixels."""
-    table = pd.concat([pd.read_csv(path) for path in config.rows])
+    table = pd.concat([_read(path) for path in config.rows])
     table = table[(table.status == "ok") & table.scope.isin(("global", "all"))]
     if table.empty:
         raise UsageError("no finished rows to draw")
     models = list(dict.fromkeys(table.model))
-    figure, panels = plt.subplots(1, len(models), figsize=(4 * len(models), 3.6), dpi=120, squeeze=False)
+    figure, panels = plt.subplots(1, len(models), figsize=(4 * len(models), 4), dpi=120, squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):
         rows = table[table.model == model]
         base = float(rows[rows.importance == "none"][config.value].iloc[0])
@@ -50,9 +62,20 @@ def run(config: FigureConfig) -> None:
         panel.set_xlabel("MACs left")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("top-1 (%)")
-    panels[0][-1].legend(fontsize=9, loc="lower right")
-    figure.tight_layout()
+    handles = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     config.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config.out)
     plt.close(figure)
     print(config.out)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    if "arm" not in table:
+        return table
+    table = table[table.arm.isin(HARNESS)]
+    named = pd.DataFrame([HARNESS[arm] for arm in table.arm], columns=["importance", "refit"], index=table.index)
+    figures = {"accuracy": table.pruned, "among": table.pruned, "model": table.task.str.split().str[-1]}
+    return pd.concat([table[["scope", "target", "seed", "status"]], named], axis=1).assign(**figures)
