@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ippro_tp import LatencyTable, LatencyTableError, PROImportance, TargetError, prune
+from ippro_tp.graph import groups
 from ippro_tp.graph.groups import groups_of, read_group
 from ippro_tp.pruning.latency import timing
 from ippro_tp.pruning.latency.operations import Shape, record
@@ -359,3 +360,19 @@ def test_a_latency_in_steps_and_from_a_table(net, monkeypatch):
 def test_a_latency_out_of_reach_is_refused(net, monkeypatch):
     with pytest.raises(TargetError, match="latency"):
         pruned(net, FakeClock(), monkeypatch, latency=0.02)
+
+
+def test_groups_of_a_pruner_are_read_once(net, monkeypatch):
+    reads = []
+    monkeypatch.setattr(groups, "groups_of", lambda target: reads.append(target) or groups_of(target))
+    pruner = tp.pruner.BasePruner(
+        net, X, importance=tp.importance.RandomImportance(), pruning_ratio=0.3, ignored_layers=[net.head]
+    )
+    first = groups.records_of(pruner)
+    assert groups.records_of(pruner) is first
+    pruner.step()
+    assert [r.width for r in groups.records_of(pruner)] != [r.width for r in first]
+    assert len(reads) == 2
+    structure = read_structure(net, X)
+    assert set(structure.groups) == {r.key for r in groups.records_of(structure)}
+    assert len(reads) == 2

@@ -23,7 +23,9 @@ from benchmarks.errors import UsageError
 from benchmarks.harness.cells import environment
 from benchmarks.harness.prune import build_pruner
 from benchmarks.harness.scores import prunable_groups
+from benchmarks.overhead.latency import latency
 from benchmarks.overhead.memory import counted_reads, keep_freed_memory, peak_bytes, read_bandwidth, synchronize
+from benchmarks.overhead.phases import phases
 from benchmarks.tasks.base import Batch
 from ippro_tp import Compensation, LogitNoise, PROImportance, SpaSPImportance
 from ippro_tp.cli.cifar_resnet import DEPTHS, CifarResNet
@@ -70,6 +72,10 @@ class OverheadConfig:
     """Instead: cost against the number of batches, depth and width, and the largest models."""
     scoring: bool = False
     """Instead: time to score all groups, beside TP Taylor's scores of the same groups."""
+    latency: float = 0.0
+    """Instead: this fraction of the time of a forward pass asked of prune(), predicted, and measured; 0.6, say."""
+    phases: bool = False
+    """Instead: where the time of prune() goes."""
 
 
 @dataclass
@@ -164,11 +170,24 @@ def run(config: OverheadConfig) -> None:
         torch.set_num_threads(config.threads)
     if config.clock not in CLOCKS or (config.clock == "cpu" and torch.device(config.device).type != "cpu"):
         raise UsageError(f"--clock {config.clock!r}; choose wall, or cpu for --device cpu")
-    report = scaling if config.scaling else scoring if config.scoring else comparison
+    if not 0 <= config.latency < 1:
+        raise UsageError(f"--latency {config.latency}; give a fraction between 0 and 1")
+    report = next((r for asked, r in _other_reports(config) if asked), comparison)
     kept = keep_freed_memory()
     print(f"{_conditions(config)}, freed memory {'kept' if kept else 'given back'}\n", flush=True)
     for part in report(config):
         print(part + "\n", flush=True)
+
+
+def _other_reports(config: OverheadConfig):
+    """Pairs of whether a report is asked for and the report."""
+    clock = CLOCKS[config.clock]
+    return (
+        (config.scaling, scaling),
+        (config.scoring, scoring),
+        (config.latency, lambda c: latency(c, _build_model)),
+        (config.phases, lambda c: phases(c, _build_model, clock)),
+    )
 
 
 # -- subjects --------------------------------------------------------------------------------------------------

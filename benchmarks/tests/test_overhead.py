@@ -133,3 +133,29 @@ print(faults())
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 1000  # 5 times 16 MiB are 20480 pages
+
+
+def test_phases_add_up(capsys):
+    main(
+        [
+            "overhead",
+            "--phases",
+            "--models",
+            "resnet20",
+            "--batches",
+            "1",
+            "--batch-size",
+            "4",
+            "--image-size",
+            "16",
+        ]
+    )
+    shown = capsys.readouterr().out
+    assert "cut and refit" in shown
+    assert "search" in shown
+
+
+@pytest.mark.slow
+def test_latency_is_asked_predicted_and_measured(capsys):
+    main(["overhead", "--latency", "0.7", "--models", "resnet20", "--batch-size", "1", "--image-size", "16"])
+    assert "measured / asked" in capsys.readouterr().out

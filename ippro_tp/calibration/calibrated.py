@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import NotCalibratedError, ObservationError, StaleStatisticsError
 from ..estimators.sums import Sums
-from ..graph.groups import check_widths, group_key, groups_of, index_tensor, is_unchanged, read_group
+from ..graph.groups import check_widths, group_key, index_tensor, is_unchanged, read_group, records_of
 from ..records import GroupRecord, Layer
 from ..tracing.arguments import arrangements
 from .batches import batches_of, called
@@ -114,8 +114,7 @@ class Calibrated(abc.ABC):
         records: dict[str, GroupRecord] = {}
 
         def groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[GroupRecord]:
-            for group in groups_of(target if graph is not None else _trace(model, args, kwargs)):
-                record = read_group(group)
+            for record in records_of(target if graph is not None else _trace(model, args, kwargs)):
                 records[record.key] = record
             check_layers(model, records.values())
             return records.values()

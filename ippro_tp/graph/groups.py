@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch_pruning as tp
@@ -221,6 +222,33 @@ def groups_of(target: Any) -> Iterator[Any]:
             if group is None:
                 continue
         yield group
+
+
+_READ: WeakKeyDictionary[Any, tuple[Any, tuple[GroupRecord, ...]]] = WeakKeyDictionary()
+"""By pruner or graph: what the groups depended on when they were read, and their records."""
+
+
+def records_of(target: Any) -> tuple[GroupRecord, ...]:
+    """Records of :func:`groups_of`, read anew only if the model or what the target ignores has changed.
+
+    Torch-Pruning's search for groups takes longer than calibration in networks that split and concatenate.
+    What knows its own records already has them as ``group_records``.
+    """
+    known = getattr(target, "group_records", None)
+    if known is not None:
+        return tuple(known)
+    graph = graph_of(target)
+    if graph is None:
+        return tuple(map(read_group, groups_of(target)))
+    state = (
+        tuple((name, id(p), p.shape) for name, p in graph.model.named_parameters()),
+        tuple(map(id, getattr(target, "ignored_layers", ()))),
+        tuple(getattr(target, "root_module_types", ())),
+        tuple((id(layer), heads) for layer, heads in getattr(target, "num_heads", {}).items()),
+    )
+    if target not in _READ or _READ[target][0] != state:
+        _READ[target] = state, tuple(map(read_group, groups_of(target)))
+    return _READ[target][1]
 
 
 def check_widths(record: GroupRecord, current: GroupRecord) -> None:

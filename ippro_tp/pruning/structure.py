@@ -71,6 +71,11 @@ class Structure:
         return self.graph
 
     @property
+    def group_records(self) -> tuple[GroupRecord, ...]:
+        """Of the groups that can be pruned."""
+        return tuple(prunable.record for prunable in self.groups.values())
+
+    @property
     def model(self) -> nn.Module:
         """The traced model."""
         model: nn.Module = self.graph.model
