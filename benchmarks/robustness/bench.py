@@ -84,7 +84,7 @@ class Bench:
         groups = self.groups(pruner)
         found = {read_group(g).key: imp(g) for g in groups}
         reference = (
-            expected_scores(model, groups, few, probe, imp._wiring.norm_of)
+            expected_scores(model, groups, few, probe, stood_for(imp.state_dict()))
             if options.get("reference") == "origin"
             else {}
         )
@@ -133,6 +133,13 @@ class Bench:
         except Exception as error:
             return f"Torch-Pruning cannot trace it: {type(error).__name__}: {str(error)[:80]}"
         return None
+
+
+def stood_for(state: Any) -> list[str]:
+    """Layers that a norm stands for, as a saved importance names them."""
+    if not isinstance(state, dict):
+        return []
+    return list(state.get("norm_of", ())) + [name for value in state.values() for name in stood_for(value)]
 
 
 def producers(group: Any) -> list[str]:
