@@ -33,8 +33,8 @@ def batches_of(
     Raises:
         ValueError: the loader is empty, a batch is none, or ``max_samples`` is not positive.
     """
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples={max_samples!r}; give a positive number of samples, or None for all")
+    if max_samples is not None and (max_samples < 1 or max_samples != int(max_samples)):
+        raise ValueError(f"max_samples={max_samples!r}; give a positive whole number of samples, or None for all")
     seen = 0
     for batch in _with_progress(loader, progress, title, note):
         inputs, targets = _unpack(batch)

@@ -211,7 +211,9 @@ class Calibrated(abc.ABC):
             if not loss.requires_grad:
                 raise ObservationError(
                     "the loss does not depend on the model's activations: it was detached, or the model ran "
-                    "under torch.no_grad()."
+                    "under torch.no_grad(). Pass a loss_fn that uses outputs with gradients; for a model that "
+                    "gives them in training mode with targets only, as detectors do, use observe() and a loop "
+                    "of your own."
                 )
             loss.backward()
 
