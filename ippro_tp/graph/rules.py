@@ -60,7 +60,7 @@ def move(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     moved: list[list[Tensor]] = [[] for _ in results]
     for plane in planes:
         if name in ("constant_pad_nd", "pad"):
-            there = func(plane.double(), *args[1:2]).long()
+            there: Any = _padded(mode.canonical(plane), args[1], out.shape)
         elif name in FLOAT_MOVES:
             there = func(plane.double(), *args[1:], **kwargs).long()
         elif name in ("clone", "contiguous", "alias", "detach", "lift_fresh", "lift"):
@@ -87,6 +87,16 @@ def move(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     elif name == "slice" and moved[0]:
         _note_slice(mode, args, out)
     return out
+
+
+def _padded(small: Tensor, pads: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Labels of a padded tensor: added positions belong to the channels along other axes."""
+    for pair in range(len(pads) // 2):
+        axis = small.dim() - 1 - pair
+        if small.shape[axis] > 1:
+            around = [0, 0] * pair + list(pads[2 * pair : 2 * pair + 2])
+            small = torch.constant_pad_nd(small, around, 0)
+    return small.expand(shape)
 
 
 def _note_slice(mode: Provenance, args: Any, out: Tensor) -> None:

@@ -229,6 +229,18 @@ class InPlace(nn.Module):
         return self.c(y)
 
 
+class Padded(nn.Module):
+    """Rows are padded to whole windows, with channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = F.pad(self.a(x.permute(0, 2, 3, 1)), (0, 0, 0, 1, 0, 2))
+        return self.c(self.b(y).relu())
+
+
 class Multiplier(nn.Sequential):
     """A depthwise convolution with two outputs for each input."""
 
@@ -241,5 +253,5 @@ NETS = {
     C2f: IMAGES, Split: VECTORS, Slices: VECTORS, Concat: IMAGES, ChannelShuffle: IMAGES, PixelShuffle: IMAGES,
     Roll: IMAGES, Flatten: IMAGES, Windows: IMAGES, Apart: TOKENS, Functional: torch.randn(2, 4, 6),
     Multihead: TOKENS, Gate: VECTORS, Shared: torch.arange(6).view(2, 3), Unknown: VECTORS, Custom: VECTORS,
-    InPlace: IMAGES, Multiplier: IMAGES,
+    InPlace: IMAGES, Multiplier: IMAGES, Padded: IMAGES,
 }  # fmt: skip

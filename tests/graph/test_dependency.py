@@ -161,6 +161,14 @@ def test_proof_finds_a_wrong_group_and_leaves_it_whole():
     assert verdicts["embed.out"].status == "proved"
 
 
+def test_a_second_graph_of_the_same_model_is_known_already(monkeypatch):
+    first, second = (build_graph(made(Windows), NETS[Windows]) for _ in range(2))
+    verdicts = prove(first)
+    monkeypatch.setattr("ippro_tp.graph.proof._Bench.prove", None)
+    assert prove(second) == verdicts
+    assert [len(axis.classes) for axis in second.axes] == [len(axis.classes) for axis in first.axes]
+
+
 def test_one_split_of_sizes_shrinks_where_its_channels_go():
     model, x = made(Split), NETS[Split]
     graph = build_graph(model, x)
