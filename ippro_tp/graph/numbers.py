@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -22,6 +22,52 @@ KEPT = (
 )
 
 
+Numbers = Callable[[nn.Module], Mapping[str, str]]
+_REGISTERED: dict[str, Numbers] = {}
+
+
+def register_numbers(*classes: str) -> Callable[[Numbers], Numbers]:
+    """Say which channels the numbers of a class count, where measuring them would be ambiguous.
+
+    Args:
+        classes: qualified names, such as ``"timm.models.vision_transformer.VisionTransformer"``.
+
+    Returns:
+        A decorator for a function that takes a module and returns, by attribute, the axis: the name of a layer
+        below the module and ``.out`` or ``.in``.
+
+    Example:
+        >>> @register_numbers("my_package.Mixer")
+        ... def _(module):
+        ...     return {"hidden_size": "proj.out"}
+    """
+
+    def register(made: Numbers) -> Numbers:
+        _REGISTERED.update(dict.fromkeys(classes, made))
+        return made
+
+    return register
+
+
+@register_numbers("torchvision.models.vision_transformer.VisionTransformer")
+def _torchvision_vit(module: nn.Module) -> Mapping[str, str]:
+    return {"hidden_dim": "conv_proj.out"}
+
+
+def _registered(graph: RepairedGraph, name: str, module: nn.Module) -> dict[str, Axis]:
+    """Numbers of a module that somebody registered."""
+    found: dict[str, Axis] = {}
+    for kind in type(module).__mro__:
+        made = _REGISTERED.get(f"{kind.__module__}.{kind.__qualname__}")
+        for leaf, place in (made(module) if made is not None else {}).items():
+            layer, _, side = place.rpartition(".")
+            owner = f"{name}.{layer}" if name else layer
+            sides = [a for a in graph.axes if a.owner == owner and a.is_output == (side == "out")]
+            if sides and leaf not in found:
+                found[leaf] = number_axis(name, leaf, None, sides[0].labels, graph.layout)
+    return found
+
+
 def proposals(graph: RepairedGraph, *, children: bool = False) -> list[Axis]:
     """Numbers of modules that equal the size of an axis of labelled channels inside the module's forward pass.
 
@@ -29,11 +75,13 @@ def proposals(graph: RepairedGraph, *, children: bool = False) -> list[Axis]:
         graph: of the model.
         children: look at the forward passes of the module's children as well.
     """
-    found = []
+    found: list[Axis] = []
     for name, module in graph.model.named_modules():
         if type(module).__module__.startswith(KEPT):
             continue
-        numbers = list(_numbers(module))
+        registered = _registered(graph, name, module)
+        found += registered.values()
+        numbers = [number for number in _numbers(module) if number[0] not in registered]
         if not numbers:
             continue
         vectors = _vectors(graph, name, {value for _, _, value in numbers}, children)

@@ -122,6 +122,22 @@ def _equal_pieces(mode: Provenance, same: Sequence[Sequence[Tensor]], count: int
             )
 
 
+@rule("as_strided_", "squeeze_", "unsqueeze_", "t_", "transpose_", "resize_")
+def reshaped_in_place(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
+    """Another shape or other strides for the same numbers: the same operation on a copy of the labels."""
+    x = args[0]
+    planes, shape = mode.planes(x), x.shape
+    out = func(*args, **kwargs)
+    if out.shape != shape and out.numel() == shape.numel() and func._schema.name != "aten::t_":
+        planes = [plane.reshape(out.shape) for plane in planes] if "squeeze" in func._schema.name else []
+    elif out.shape != shape:
+        planes = []
+    mode.put(out, planes)
+    if x is not out:
+        mode.put(x, planes)
+    return out
+
+
 @rule("cat", "concat", "concatenate")
 def cat(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Channels along the axis of concatenation stand side by side, those along others meet."""

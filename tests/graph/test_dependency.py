@@ -6,6 +6,7 @@ from torch import nn
 
 from ippro_tp.graph.dependency import GraphError, build_graph
 from ippro_tp.graph.groups import read_group
+from ippro_tp.graph.numbers import register_numbers
 from ippro_tp.graph.onepass import fresh_copy
 from ippro_tp.graph.proof import cut, difference, prove, reference_outputs
 from ippro_tp.graph.provenance import Provenance
@@ -167,6 +168,24 @@ def test_a_second_graph_of_the_same_model_is_known_already(monkeypatch):
     monkeypatch.setattr("ippro_tp.graph.proof._Bench.prove", None)
     assert prove(second) == verdicts
     assert [len(axis.classes) for axis in second.axes] == [len(axis.classes) for axis in first.axes]
+
+
+def test_registered_numbers_count_the_axis_they_name():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.width, self.other = 8, 8
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).view(-1, self.width))
+
+    register_numbers(f"{Kept.__module__}.{Kept.__qualname__}")(lambda module: {"width": "a.out"})
+    graph = build_graph(Kept(), NETS[Gate])
+    assert prove(graph)["a.out"].status == "proved"
+    next(iter(graph.get_all_groups())).prune([2, 3, 4])
+    assert graph.model.width == 5
+    assert graph.model(NETS[Gate]).shape == (3, 2)
 
 
 def test_one_split_of_sizes_shrinks_where_its_channels_go():
