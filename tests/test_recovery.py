@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ippro_tp import Compensation, NotCalibratedError, ObservationError, Recovery
 from ippro_tp.compensation import distilling
-from ippro_tp.compensation.distilling import _is_image, _mirrored, _schedule
+from ippro_tp.compensation.distilling import _is_image, _mirrored, _schedule, _shifted
 from tests.nets import Residual
 
 
@@ -240,6 +240,21 @@ def test_images_are_mirrored_by_chance_and_nothing_else_is():
     assert same(*results)
 
 
+def test_images_are_shifted_by_up_to_an_eighth():
+    images = torch.arange(2 * 3 * 16 * 24.0).view(2, 3, 16, 24)
+    padded = F.pad(images, (3, 3, 2, 2), mode="reflect")
+    windows = [padded[:, :, top : top + 16, left : left + 24] for top in range(5) for left in range(7)]
+    seen = set()
+    for seed in range(20):
+        found = _shifted(images, torch.Generator().manual_seed(seed))
+        places = [[i for i, w in enumerate(windows) if torch.equal(w[n], found[n])] for n in range(2)]
+        assert all(len(place) == 1 for place in places)
+        seen |= {place[0] for place in places}
+    assert len(seen) > 15
+    small = torch.randn(2, 3, 4, 4)
+    assert torch.equal(_shifted(small, torch.Generator()), small)
+
+
 @pytest.mark.parametrize("augment", ["mirror", None])
 def test_a_teacher_that_is_asked_once_says_the_same(augment, monkeypatch):
     results, calls = [], []
@@ -270,10 +285,10 @@ def test_samples_of_compensation_are_shared():
     compensation = Compensation().calibrate(model, inputs, progress=False)
     how = Recovery(steps=10, lr=1e-2)
     how.merge(compensation)
-    assert how.run(model, teacher).held_out == 12
+    assert how.run(model, teacher).held_out == 6
     again = Recovery(steps=10, lr=1e-2)
     again.load_state_dict(how.state_dict())
-    assert again.run(copy.deepcopy(model), teacher).held_out == 12
+    assert again.run(copy.deepcopy(model), teacher).held_out == 6
 
 
 def test_fewer_samples_than_a_batch():

@@ -15,6 +15,7 @@ from ..errors import ObservationError
 from .samples import Samples
 
 MIRROR: Literal["mirror"] = "mirror"
+SHIFT: Literal["shift"] = "shift"
 TOLD = 1 << 28
 """Bytes that what the teacher says to all samples may take."""
 LOOKS = 10
@@ -34,7 +35,7 @@ class Plan:
     steps: int
     lr: float
     batch_size: int
-    augment: Callable[[Any], Any] | Literal["mirror"] | None
+    augment: Callable[[Any], Any] | Literal["mirror", "shift"] | None
     held_out: float
     seed: int
 
@@ -111,9 +112,10 @@ class Distillation:
         """What both models see for some samples, and what the teacher says to it."""
         args, kwargs = self._samples.arguments(batch, self._device)
         turned = torch.zeros(len(batch), dtype=torch.bool)
-        if self._how.augment == MIRROR and _is_image(args, kwargs):
+        if self._how.augment in (MIRROR, SHIFT) and _is_image(args, kwargs):
             turned = torch.rand(len(batch), generator=self._generator) < 0.5
-            args = (_mirrored(args[0], turned),)
+            images = _mirrored(args[0], turned)
+            args = (_shifted(images, self._generator) if self._how.augment == SHIFT else images,)
         elif callable(self._how.augment):
             args, kwargs = self._augmented(args, kwargs)
         if self._told is not None:
@@ -132,7 +134,8 @@ class Distillation:
         args, kwargs = self._samples.arguments(self._trained[:1], self._device)
         views = 2 if how.augment == MIRROR and _is_image(args, kwargs) else 1
         first = _floats(self._call(self._teacher, self._judged[0]))
-        if callable(how.augment) or views * count > how.steps * how.batch_size:
+        endless = callable(how.augment) or (how.augment == SHIFT and _is_image(args, kwargs))
+        if endless or views * count > how.steps * how.batch_size:
             return None
         if any(x.dim() == 0 or len(x) != len(self._judged[0]) for x in first):
             return None
@@ -211,6 +214,18 @@ def _is_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _mirrored(images: Tensor, turned: Tensor) -> Tensor:
     """``(B, C, H, W)``, those of ``turned`` mirrored left to right."""
     return torch.where(turned.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each of ``(B, C, H, W)`` shifted by chance, by up to an eighth of its size, its border reflected."""
+    count, _, height, width = images.shape
+    down, right = height // 8, width // 8
+    padded = nn.functional.pad(images, (right, right, down, down), mode="reflect")
+    top = torch.randint(2 * down + 1, (count, 1), generator=generator) + torch.arange(height)
+    left = torch.randint(2 * right + 1, (count, 1), generator=generator) + torch.arange(width)
+    rows, columns = top.to(images.device)[:, None, :, None], left.to(images.device)[:, None, None, :]
+    down_to = padded.gather(2, rows.expand(-1, images.shape[1], -1, padded.shape[3]))
+    return down_to.gather(3, columns.expand(-1, images.shape[1], height, -1))
 
 
 def _schedule(done: float) -> float:

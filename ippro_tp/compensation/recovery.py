@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.guard import evaluating, preserved
-from .distilling import MIRROR, Distillation, Plan
+from .distilling import MIRROR, SHIFT, Distillation, Plan
 from .inputs import KeptInputs
 
 
@@ -67,10 +67,11 @@ class Recovery(KeptInputs):
         lr: largest learning rate of AdamW; it rises in the first steps and falls along a cosine. It is divided by
             three, and the best weights so far are taken up again, whenever held-out samples say that it destroys.
         batch_size: samples per step.
-        augment: ``"mirror"``: images, where they are the only input, ``(B, C, H, W)``, are mirrored left to right
-            by chance; other inputs are taken as they are. Or a callable: given a batch of inputs (as the loader
-            gave them: a tensor, a tuple or a dict), it returns those that both models see instead; global random
-            numbers in it follow ``seed``. ``None``: nothing.
+        augment: ``"shift"``: images, where they are the only input, ``(B, C, H, W)``, are mirrored left to right
+            and shifted by up to an eighth of their size, by chance; ``"mirror"``: mirrored only, for which the
+            teacher has to be asked once. Other inputs are taken as they are. Or a callable: given a batch of
+            inputs (as the loader gave them: a tensor, a tuple or a dict), it returns those that both models see
+            instead; global random numbers in it follow ``seed``. ``None``: nothing.
         held_out: part of the samples that is only looked at.
         max_samples: inputs that are kept at most; of more, an even choice.
         seed: of the order of the samples and of ``augment``.
@@ -95,10 +96,10 @@ class Recovery(KeptInputs):
         self,
         steps: int = 600,
         *,
-        lr: float = 1e-3,
+        lr: float = 2e-3,
         batch_size: int = 32,
-        augment: Callable[[Any], Any] | Literal["mirror"] | None = "mirror",
-        held_out: float = 0.125,
+        augment: Callable[[Any], Any] | Literal["mirror", "shift"] | None = "shift",
+        held_out: float = 0.0625,
         max_samples: int = 16384,
         seed: int = 0,
     ) -> None:
@@ -109,8 +110,8 @@ class Recovery(KeptInputs):
             raise ValueError(f"lr={lr!r}; give a positive number")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}; give a number >= 1")
-        if not (augment is None or augment == MIRROR or callable(augment)):
-            raise ValueError(f'augment={augment!r}; give "mirror", a callable, or None')
+        if not (augment in (None, MIRROR, SHIFT) or callable(augment)):
+            raise ValueError(f'augment={augment!r}; give "shift", "mirror", a callable, or None')
         if not 0 < held_out < 1:
             raise ValueError(f"held_out={held_out!r}; give a number between 0 and 1")
         self._plan = Plan(int(steps), lr, int(batch_size), augment, held_out, seed)
