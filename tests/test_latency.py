@@ -166,13 +166,13 @@ def test_concatenated_groups_are_told_apart():
     }
 
 
-def test_heads_lose_a_dimension_each():
+def test_heads_of_attention_go_whole():
     timm = pytest.importorskip("timm")
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=32, num_heads=2).eval()
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=32, num_heads=4).eval()
     x = torch.zeros(1, 3, 32, 32)
     reached = reach(read_structure(vit, x), x)
     attention = next(v for v in reached.operations if "attention" in v.operation.name)
-    assert [v.full for v in attention.variables] == [16]
+    assert [v.full for v in attention.variables] == [4]
 
 
 # -- surfaces --------------------------------------------------------------------------------------------------
@@ -247,19 +247,21 @@ def test_measuring_leaves_the_model_alone(net):
 def test_a_cost_is_the_time_that_goes_with_a_channel(net):
     table = measured(net, FakeClock())
     graph = tp.DependencyGraph().build_dependency(net, X)
-    records = {r.key: r for r in map(read_group, groups_of(graph)) if r.producers}
+    records = [r for r in map(read_group, groups_of(graph)) if r.producers]
     structure = read_structure(net, X)
     for key in structure.groups:
+        root = key.removesuffix(".out")  # Torch-Pruning's own graph may name the group after another layer
+        record = next(r for r in records if root in {layer.name for layer in r.producers})
         lost = copy.deepcopy(net)
         unit = torch.arange(8)
         group = next(
-            g for g in groups_of(tp.DependencyGraph().build_dependency(lost, X)) if read_group(g).key == key
+            g for g in groups_of(tp.DependencyGraph().build_dependency(lost, X)) if read_group(g).key == record.key
         )
         lost_graph = group._DG
-        root = group[0].dep
-        lost_graph.get_pruning_group(root.target.module, root.handler, unit.tolist()).prune()
+        dep = group[0].dep
+        lost_graph.get_pruning_group(dep.target.module, dep.handler, unit.tolist()).prune()
         expected = (fake_time(net) - fake_time(lost)) / 8
-        assert table.cost(records[key], net) == pytest.approx(expected, rel=0.1)
+        assert table.cost(record, net) == pytest.approx(expected, rel=0.1)
 
 
 def test_an_importance_takes_a_table_for_its_cost(net):

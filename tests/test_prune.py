@@ -111,8 +111,8 @@ def test_timm_vit(images):
 def test_torchvision_vit_with_multihead_attention(images):
     model = torchvision.models.VisionTransformer(16, 4, 2, 4, 32, 64, num_classes=10)
     nn.init.normal_(model.heads.head.weight)
-    result = prune(model, images[:1], [images], params=0.6, progress=False)
-    assert result.params == pytest.approx(0.6, abs=0.01)
+    result = prune(model, images[:1], [images], params=0.7, progress=False)
+    assert result.params == pytest.approx(0.7, abs=0.01)
     assert result.model(images).shape == (16, 10)
 
 
@@ -477,3 +477,37 @@ def test_pricing_divides_by_cost_and_raises_what_is_left(images):
     depleted = Pricing(None, True, 1).apply(scores, structure, images[:1])
     assert all(bool((depleted[key] >= plain[key]).all()) for key in scores)
     assert all(torch.equal(depleted[key].argsort(), plain[key].argsort()) for key in scores)
+
+
+class C2f(nn.Module):
+    """As in YOLOv8: halves of a layer's channels go different ways and meet again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cv1, self.cv2, self.f = nn.Conv2d(3, 32, 1), nn.Conv2d(64, 24, 1), nn.Linear(24, 5)
+        self.m = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.cv1(x).chunk(2, 1))
+        for layer in self.m:
+            parts.append(parts[-1] + torch.relu(layer(parts[-1])))
+        return self.f(torch.relu(self.cv2(torch.cat(parts, 1))).mean((2, 3)))
+
+
+def test_chunks_that_torch_pruning_maps_wrongly(images):
+    result = go(C2f(), [images], macs=0.5)
+    assert result.macs == pytest.approx(0.5, abs=0.01)
+    assert set(result.left_whole) == {"f.out"}
+    assert result.model.cv1.out_channels < 32
+    assert result.model(images).shape == (16, 5)
+
+
+def test_what_a_forward_pass_caches_is_no_hindrance(images):
+    model = timm.create_model("levit_128s", num_classes=3).eval()
+    x = torch.randn(2, 3, 224, 224)
+    caches = [dict(m.attention_bias_cache) for m in model.modules() if hasattr(m, "attention_bias_cache")]
+    result = go(model, [x], macs=0.8, compensation=False)
+    copy.deepcopy(result.model)
+    assert not any(caches)
+    assert not any(m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache"))
+    assert result.model(x).shape == (2, 3)

@@ -44,13 +44,12 @@ def text(found: Inspection) -> str:
             group.key,
             group.width,
             group.units,
-            group.heads or "",
             f"{group.macs / found.macs:.1%}",
             _layers(group.layers),
         ]
         for group in found.groups
     ]
-    head = ["group", "channels", "units", "heads", "MACs", "layers whose outputs it holds"]
+    head = ["group", "channels", "units", "MACs", "layers whose outputs it holds"]
     parts = [tabulate(rows, head, tablefmt="simple", disable_numparse=True)]
     if found.left_whole:
         parts.append("left whole:\n" + "\n".join(f"  {key}: {why}" for key, why in found.left_whole.items()))

@@ -3,67 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .structure import Structure
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A side of a layer, or a bare parameter."""
-
-    name: str
-    dep: Any = field(compare=False)
-    idxs: list[int] = field(compare=False)
+from ..graph.onepass import forget_caches
+from .structure import Structure, retie
 
 
 class Cut:
     """The channels to be removed, over all groups of a structure: each layer is touched once on each side.
 
-    Indices are those of the unpruned layers. They are collected before anything is cut: no index map is asked
-    while widths change.
+    Indices are those of the unpruned layers. They are collected before anything is cut: nothing is asked of the
+    graph while widths change.
 
     Args:
         structure: of the unpruned model.
-        removed: per group, boolean mask ``(width,)`` of the positions that go.
+        removed: per group, boolean mask ``(width,)`` of the positions that go; whole units.
     """
 
     def __init__(self, structure: Structure, removed: Mapping[str, Tensor]) -> None:
         self._structure = structure
-        graph = structure.graph
-        sides: dict[tuple[Any, Any], tuple[Any, set[int]]] = {}
+        sides: dict[tuple[str, int, str], tuple[Any, set[int]]] = {}
         for key, mask in removed.items():
             group = structure.groups[key].group
             roots = list(group[0][1])
             gone = {root for root, out in zip(roots, mask.tolist(), strict=True) if out}
-            if not gone:
-                continue
-            for item in group:
-                module = item.dep.target.module
+            for item in group if gone else ():
+                handler = item.dep.handler
                 idxs = {i for i, r in zip(item.idxs, item.root_idxs, strict=True) if r in gone}
-                if idxs and (isinstance(module, nn.Parameter) or module in graph._module2name):
-                    side = sides.setdefault((item.dep.target, item.dep.handler), (item.dep, set()))
+                if idxs:
+                    name = structure.graph._module2name[item.dep.target.module]
+                    side = sides.setdefault((name, id(handler.__self__), handler.__name__), (item.dep, set()))
                     side[1].update(idxs)
-        self._places = [
-            _Place(_name_of(graph, dep.target.module), dep, sorted(idxs)) for dep, idxs in sides.values()
-        ]
+        self._places = [(name, dep, sorted(idxs)) for (name, _, _), (dep, idxs) in sides.items()]
 
     def __iter__(self) -> Iterator[tuple[Any, list[int]]]:
         """``(dependency, indices)``, as a group of Torch-Pruning gives them."""
-        for place in self._places:
-            yield place.dep, place.idxs
+        for _, dep, idxs in self._places:
+            yield dep, idxs
 
     def __len__(self) -> int:
         return len(self._places)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the layers and parameters that lose something."""
-        return list(dict.fromkeys(place.name for place in self._places))
 
     def prune(self) -> None:
         """Cut the structure's own model, which is not to be used with the structure any more."""
@@ -73,22 +55,14 @@ class Cut:
     def apply(self, model: nn.Module) -> None:
         """Cut ``model``, the structure's own or a copy of it."""
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        for place in self._places:
-            owner, _, leaf = place.name.rpartition(".")
-            handler = place.dep.handler
-            handler.__self__.pruning_dim = place.dep.target.pruning_dim
-            if isinstance(place.dep.target.module, nn.Parameter):
-                parent = model.get_submodule(owner)
-                setattr(parent, leaf, handler(getattr(parent, leaf), place.idxs))
-            else:
-                handler(model.get_submodule(place.name), list(place.idxs))
+        for name, dep, idxs in self._places:
+            dep.handler.__self__.pruning_dim = -1
+            dep.handler(model.get_submodule(name), list(idxs))
+        retie(model, self._structure.graph._tied)
+        for module in model.modules():
+            forget_caches(module)
         for name, parameter in model.named_parameters():  # Torch-Pruning's new ones all ask for gradients
             parameter.requires_grad_(flags[name])
-
-
-def _name_of(graph: Any, module: Any) -> str:
-    names: dict[Any, str] = graph._param_to_name if isinstance(module, nn.Parameter) else graph._module2name
-    return names[module]
 
 
 class Step:

@@ -23,7 +23,7 @@ class InspectedGroup:
         readers: names of the layers whose input channels it holds.
         width: channels of its root.
         units: how many can go one by one.
-        heads: of the attention that it belongs to; 0 if there is none.
+        note: what was repaired of it.
         macs: of the layers that its channels enter or leave.
     """
 
@@ -32,7 +32,7 @@ class InspectedGroup:
     readers: tuple[str, ...]
     width: int
     units: int
-    heads: int
+    note: str
     macs: int
 
 
@@ -100,7 +100,7 @@ def _groups(structure: Structure, macs: Mapping[str, int]) -> list[InspectedGrou
         )
         work = sum(n for name, n in macs.items() if any(_within(name, layer) for layer in {*layers, *readers}))
         found.append(
-            InspectedGroup(key, layers, readers, prunable.record.width, prunable.units, prunable.heads, work)
+            InspectedGroup(key, layers, readers, prunable.record.width, prunable.units, prunable.note, work)
         )
     return found
 

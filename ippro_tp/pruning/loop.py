@@ -17,11 +17,11 @@ from ..calibration.batches import batches_of
 from ..calibration.guard import evaluating
 from ..compensation.step import Compensation, CompensationReport
 from ..errors import IPPROError, StructureError, TargetError
+from ..graph.onepass import forget_caches
 from .aiming import WITHIN, LatencyAim
 from .cut import Cut, Step
 from .latency import LatencyTable
 from .measure import Meter, Unit
-from .numbers import update_numbers
 from .order import Ranked, RemovalOrder
 from .scoring import Scorer
 from .search import Found, Sizes, find, tolerance
@@ -110,6 +110,9 @@ class Loop:
         scorer: asks the importance.
         loader: calibration batches, for the compensation.
         compensation: refits layers after each cut; ``None``: no layer is.
+
+    Attributes:
+        whole: size of the unpruned model.
     """
 
     model: nn.Module
@@ -125,7 +128,7 @@ class Loop:
         with _explained("the model does not run on the example inputs"):
             self._shapes = self._output_shapes()
         self._meter = Meter(self.options.example_inputs, self.options.forward_fn)
-        self._whole = self._meter.counts(self.model)
+        self.whole = self._meter.counts(self.model)
         self._aim: LatencyAim | None = None
         if self.options.table is not None:
             unpruned = copy.deepcopy(self.model)
@@ -153,6 +156,8 @@ class Loop:
         if not structure.groups:
             raise TargetError(f"no group of channels can be pruned: {_listed(structure.left_whole)}", 1.0)
         scores, unscored = self.scorer.scores(structure)
+        for module in self.model.modules():  # tensors with a graph cannot be copied
+            forget_caches(module)
         if not scores:
             raise TargetError(f"no group of channels has a score: {_listed(unscored)}", 1.0)
         ranked = [self._ranked(structure.groups[key], values) for key, values in scores.items()]
@@ -164,10 +169,10 @@ class Loop:
             for r in ranked
         ]
         whole = {**unscored, **structure.left_whole}
-        records = {**{k: p.record for k, p in structure.groups.items()}, **structure.left_records}
         for key, why in whole.items():
-            width, names = records[key].width, tuple(p.name for p in records[key].producers)
-            groups.append(GroupChange(key, names, width, width, 0, reason=why))
+            layer = key.removesuffix(".out")
+            width = _outputs(self.model.get_submodule(layer))
+            groups.append(GroupChange(key, (layer,), width, width, 0, reason=why))
         place = {name: number for number, (name, _) in enumerate(self.model.named_modules())}
         groups.sort(key=lambda group: min((place[name] for name in group.layers), default=0))
         return StepRecord(tuple(groups), refitted, found.left, found.tries, predicted)
@@ -277,15 +282,14 @@ class Loop:
         masks = {key: _mask(structure.groups[key], torch.arange(n)) for key, n in gone.items() if n}
         with _explained("the model does not run once it is cut"):
             Cut(structure, masks).apply(model)
-            update_numbers(model, structure)
         return model
 
     def _left(self, model: nn.Module) -> float:
         """Size of ``model`` in the unit of the target, as a fraction of the unpruned one's."""
         with _explained("the model does not run once it is cut"):
             if self.options.unit == "params":
-                return sum(p.numel() for p in model.parameters()) / self._whole.params
-            return self._meter.counts(model).macs / self._whole.macs
+                return sum(p.numel() for p in model.parameters()) / self.whole.params
+            return self._meter.counts(model).macs / self.whole.macs
 
     @contextmanager
     def _shown(self, sizes: Sizes, wanted: float) -> Iterator[Sizes]:
@@ -315,10 +319,9 @@ class Loop:
             return None if self.compensation is None else CompensationReport(())
         if self.compensation is None:
             cut.prune()
-            update_numbers(self.model, structure)
             return None
         self._keep_samples(self.compensation, structure)
-        return self.compensation.step(Step(structure, cut), repair=lambda model: update_numbers(model, structure))
+        return self.compensation.step(Step(structure, cut))
 
     def _keep_samples(self, compensation: Compensation, structure: Structure) -> None:
         if self._sampled:  # inputs stay valid from step to step
@@ -339,6 +342,13 @@ class Loop:
         with evaluating(self.model), torch.no_grad():
             outputs = forward(self.model, options.example_inputs, options.forward_fn)
         return [tensor.shape for tensor in tensors_in(outputs)]
+
+
+def _outputs(module: nn.Module) -> int:
+    for name in ("out_channels", "out_features", "num_features", "embedding_dim", "embed_dim", "hidden_size"):
+        if isinstance(value := getattr(module, name, None), int):
+            return value
+    return 0
 
 
 def _mask(prunable: Prunable, units: Tensor) -> Tensor:

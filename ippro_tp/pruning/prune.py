@@ -216,8 +216,8 @@ def prune_layers(
             copied, given, loader, recover, forward_fn=forward_fn, seed=seed, progress=progress
         )  # of the weights alone: sizes stay
         meter = Meter(example_inputs, forward_fn)
-        before, after = meter.counts(given), meter.counts(copied)
-        time = meter.latency(copied, given) if unit == "latency" else None
+        before, after = loop.whole, meter.counts(copied)
+        time = meter.latency(copied, copy.deepcopy(given)) if unit == "latency" else None
     copied.zero_grad()
     return PruneResult(
         copied, after.macs / before.macs, after.params / before.params, time, before, after, tuple(records), scope,

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map_only
 
 from ...errors import StructureError
 from ..cut import Cut
-from ..numbers import update_numbers
 from ..order import GOLDEN
 from ..structure import Forward, Structure
 from .operations import Operation, record
@@ -145,7 +144,6 @@ class _Trial:
         structure = self.structure
         cut_model = copy.deepcopy(self.model)
         Cut(structure, {key: structure.groups[key].unit == 0 for key in groups}).apply(cut_model)
-        update_numbers(cut_model, structure)
         ran = record(cut_model, self.inputs, self.forward_fn)
         if [op.name for op in ran] != [op.name for op in self.whole]:
             raise StructureError(f"without a unit of {', '.join(groups)}, the model runs other operations")
@@ -241,5 +239,4 @@ def cut_copy(structure: Structure, gone: Mapping[str, int]) -> nn.Module:
     model = copy.deepcopy(structure.model).eval()
     masks = {key: structure.groups[key].unit < count for key, count in gone.items() if count}
     Cut(structure, masks).apply(model)
-    update_numbers(model, structure)
     return model
