@@ -10,6 +10,7 @@ import tyro
 from benchmarks.errors import UsageError
 from benchmarks.harness import compare, report
 from benchmarks.overhead import command as overhead
+from benchmarks.overhead import refit
 from benchmarks.paper import calibration_size, correlation, curves, lam, magnitude, mnist_two_layer, reconstruction
 from benchmarks.product import command as product
 from benchmarks.product import figure as product_figure
@@ -20,6 +21,7 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "compare": (compare.CompareConfig, compare.run),
     "report": (report.ReportConfig, report.run),
     "overhead": (overhead.OverheadConfig, overhead.run),
+    "refit": (refit.RefitConfig, refit.run),
     "reconstruction": (reconstruction.ReconstructionConfig, reconstruction.run),
     "mnist": (mnist_two_layer.MnistConfig, mnist_two_layer.run),
     "curves": (curves.CurvesConfig, curves.run),

@@ -159,3 +159,13 @@ def test_phases_add_up(capsys):
 def test_latency_is_asked_predicted_and_measured(capsys):
     main(["overhead", "--latency", "0.7", "--models", "resnet20", "--batch-size", "1", "--image-size", "16"])
     assert "measured / asked" in capsys.readouterr().out
+
+
+def test_a_step_of_compensation_is_timed_beside_plain_passes(capsys):
+    flags = ["--models", "resnet20", "--samples", "24", "--image-size", "16", "--rounds", "1", "--batch-size", "8"]
+    assert main(["refit", *flags]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert [cell.strip() for cell in row[1:4]] == ["resnet20", "24", "16"]
+    assert float(row[7]) > 0
+    assert row[9].strip() == "0"
+    assert main(["refit", "--clock", "sun"]) == 2
