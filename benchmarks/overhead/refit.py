@@ -23,7 +23,7 @@ CIFAR, OTHERS = (1000, 32), (128, 96)
 
 @dataclass(frozen=True)
 class RefitConfig:
-    """What a step of Compensation costs, interleaved with plain passes; random weights and images, no data needed."""
+    """What a step of Compensation costs beside plain passes, with random weights and images: no data needed."""
 
     models: tuple[str, ...] = ("resnet20", "resnet56", "resnet50", "tf_efficientnet_lite0")
     """As for ``overhead``."""

@@ -157,7 +157,7 @@ def norm_after(graph: Any, module: nn.Module) -> _BatchNorm | None:
 
 def memory_of(tensor: Tensor) -> int:
     """A number that tensors share if they lie in the same memory."""
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr() or id(tensor)  # 0: none of its own, as of a pretended device
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
