@@ -34,7 +34,7 @@ class Meter:
         """MACs and parameters."""
         return count(model, self.example_inputs, self.forward_fn)
 
-    def latency(self, model: nn.Module, whole: nn.Module, seconds: float = 0.5) -> float:
+    def latency(self, model: nn.Module, whole: nn.Module, seconds: float = 1.5) -> float:
         """Time of a forward pass of ``model``, as a fraction of that of ``whole``: medians.
 
         The two take turns, so that a machine that is busy for a while is busy for both.
