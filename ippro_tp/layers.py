@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -73,3 +73,15 @@ def is_writer(module: nn.Module) -> bool:
     Torch-Pruning treats such layers like element-wise ones.
     """
     return is_channel_norm(module) or isinstance(module, (_ConvNd, nn.MultiheadAttention, nn.Embedding))
+
+
+def forget_caches(module: nn.Module) -> None:
+    """Empty dicts of plain tensors that a forward pass filled: they hold widths of the past."""
+    for key, value in vars(module).items():
+        if (
+            key not in ("_parameters", "_buffers", "_modules")
+            and isinstance(value, dict)
+            and value
+            and all(isinstance(v, Tensor) for v in value.values())
+        ):
+            value.clear()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..layers import forget_caches
 from . import contractions, normalisations, reductions  # noqa: F401  # they register rules
 from .labels import Facts
 from .provenance import Provenance, ReplayError
@@ -135,15 +136,3 @@ def fresh_copy(model: nn.Module, *, shared: bool = False) -> nn.Module:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return made
-
-
-def forget_caches(module: nn.Module) -> None:
-    """Empty dicts of plain tensors that a forward pass filled: they hold widths of the past."""
-    for key, value in vars(module).items():
-        if (
-            key not in ("_parameters", "_buffers", "_modules")
-            and isinstance(value, dict)
-            and value
-            and all(isinstance(v, Tensor) for v in value.values())
-        ):
-            value.clear()

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ObservationError
+from ..layers import forget_caches
 from ..records import Pass, Site
 from .extension import require_grad
 from .flow import ChannelFlow
@@ -140,6 +141,8 @@ class Observer(TorchFunctionMode):
                 "flow. Call the model with gradients enabled inside observe()."
             )
         samples_of_call(args, kwargs)
+        for inner in self._model.modules():  # what a pass left there cannot be differentiated again
+            forget_caches(inner)
         self._busy = True
         try:
             if not self._ready:

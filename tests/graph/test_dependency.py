@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ippro_tp import prune
 from ippro_tp.graph.dependency import GraphError, build_graph
 from ippro_tp.graph.groups import read_group
 from ippro_tp.graph.numbers import register_numbers
@@ -11,7 +12,7 @@ from ippro_tp.graph.onepass import fresh_copy
 from ippro_tp.graph.proof import cut, difference, prove, reference_outputs
 from ippro_tp.graph.provenance import Provenance
 
-from .nets import NETS, Apart, C2f, Functional, Gate, InPlace, Multihead, Shared, Split, Unknown, Windows
+from .nets import NETS, VECTORS, Apart, C2f, Functional, Gate, InPlace, Multihead, Shared, Split, Unknown, Windows
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +207,23 @@ def test_cut_of_many_units_equals_the_reference():
     pruned = fresh_copy(model)
     cut(graph, pruned, gone)
     assert difference([pruned(x)], reference_outputs(graph, model, gone)) < 1e-5
+
+
+class Caching(nn.Module):
+    """Keeps a tensor of its forward pass, as LeViT does with attention biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.bias, self.b, self.cache = nn.Linear(6, 8), nn.Parameter(torch.randn(8)), nn.Linear(8, 2), {}
+
+    def forward(self, x):
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias * 2
+        return self.b((self.a(x) + self.cache["bias"]).relu())
+
+
+def test_a_tensor_kept_from_a_forward_pass_is_forgotten():
+    torch.manual_seed(0)
+    result = prune(Caching().eval(), VECTORS, [VECTORS, VECTORS], ratio=0.5, progress=False)
+    assert result.model.bias.shape == (4,)
+    assert result.model(VECTORS).shape == (3, 2)
