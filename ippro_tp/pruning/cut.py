@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.onepass import forget_caches
+from ..layers import forget_caches
 from .structure import Structure, retie
 
 

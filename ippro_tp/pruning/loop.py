@@ -17,7 +17,7 @@ from ..calibration.batches import batches_of
 from ..calibration.guard import evaluating
 from ..compensation.step import Compensation, CompensationReport
 from ..errors import IPPROError, StructureError, TargetError
-from ..graph.onepass import forget_caches
+from ..layers import forget_caches
 from .aiming import WITHIN, LatencyAim
 from .cut import Cut, Step
 from .latency import LatencyTable
