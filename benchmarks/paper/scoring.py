@@ -94,7 +94,8 @@ def gather(task: Task, what: Statistics, batches: Iterable[Batch], batch_size: i
     """
     model = copy.deepcopy(task.model)
     device = next(model.parameters()).device
-    importance = PROImportance(estimator=what.estimator, target="norm", cost=None)
+    target = "norm" if what.estimator == "paper" else None
+    importance = PROImportance(estimator=what.estimator, target=target, cost=None)
     noise = FisherNoise(seed=what.seed)
     pruner = build_pruner(model, task.example, task.ignored, importance)
     begin = time.process_time()
@@ -135,7 +136,8 @@ def importance_of(state: dict, target: str = "conv", step_size: float = 1.0) -> 
         step_size: Of ``"paper"``: lambda.
     """
     settings = state["settings"]
-    importance = PROImportance(settings["estimator"], step_size=step_size, target=target, cost=None)
+    paper = {"step_size": step_size, "target": target} if settings["estimator"] == "paper" else {}
+    importance = PROImportance(settings["estimator"], **paper, cost=None)
     # The sums for target "norm" hold the gradients of all weights, and so those for "conv" too.
     wanted = settings | {"target": target} if "target" in settings else settings
     importance.load_state_dict({**state, "settings": wanted})

@@ -375,7 +375,7 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
         return self._observed.pack()
 
     def _load_extra_state(self, extra: Any) -> None:
-        self._observed = Observed.unpack(extra)
+        self._observed = replace(Observed.unpack(extra), options=self._options.of_statistics)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pruner": None, "_cache": {}}
