@@ -100,7 +100,7 @@ def page(found: dict[str, dict[str, str]], tp_checkout: Path | None = None, kept
         rows = [header, ["---"] * len(header)]
         notes = []
         for line in lines:
-            cells = found[line.name]
+            cells = found.get(line.name, {"s": "not run"})
             rows.append([line.name, line.kind, *(_verdict(cells.get(c, NONE)) for c in COLUMNS), cells["s"]])
             notes += _notes(line.name, cells)
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
