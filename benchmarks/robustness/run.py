@@ -95,6 +95,8 @@ def page(found: dict[str, dict[str, str]], tp_checkout: Path | None = None, kept
     parts = ["# Robustness", INTRODUCTION, f"Made with {versions}."]
     counts = Counter(_verdict(text) for cells in found.values() for name, text in cells.items() if name in COLUMNS)
     parts.append(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS) + f" in {len(found)} lines.")
+    if missing := [name for name in LINES if name not in found]:
+        parts.append(f"Not run: {', '.join(missing)}.")
     for room, lines in ROOMS.items():
         header = ["line", "kind", *COLUMNS, "s"]
         rows = [header, ["---"] * len(header)]
@@ -114,8 +116,8 @@ INTRODUCTION = """`python -m benchmarks robustness`; random weights, one thread,
 and as many fresh ones.
 
 * **scores**: those of all samples at once equal those of batches of one, and with `reference="origin"` those that
-  autograd gives one sample at a time, to 0.2 % of a group's highest. Lines whose samples depend on each other are
-  to be refused.
+  autograd gives one sample at a time, to 0.2 % of a group's highest. Where rows
+  belong to no single sample, a refusal is right, or a warning that the batch is the unit: both stand as refused.
 * **dead**, **duplicate**, **constant**: channels planted in one layer. A dead one scores nothing; one of two equal
   ones and a constant one go, with `Compensation`, without error on fresh inputs (at borders of padded maps: with
   no more than before).
