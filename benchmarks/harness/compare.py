@@ -18,6 +18,7 @@ from benchmarks.harness.arm import ArmRunner, Settings
 from benchmarks.harness.cells import UNPRUNED, Cell, as_dict, read_finished, write_json
 from benchmarks.harness.finetune import Recipe
 from benchmarks.harness.prune import PruneConfig
+from benchmarks.harness.scores import kappa_of
 from benchmarks.models.checkpoints import fingerprint
 from benchmarks.tasks import Task, TaskConfig, build_task, defaults_of
 
@@ -138,7 +139,7 @@ def _grid(config: CompareConfig, names: tuple[str, ...]) -> list[Cell]:
                 arm = find_criterion(name)
                 ranked = scope == "global" and not arm.signed
                 depletions = (config.depletion or defaults.depletions) if ranked else ("none",)
-                depletions = tuple(how for how in depletions if not how.startswith("coupled") or arm.coupled)
+                depletions = tuple(h for h in depletions if kappa_of(h) is None or h == "log" or arm.coupled)
                 cells += [
                     Cell(name, cost, scope, target, seed, compensation, schedule, widths, depletion)
                     for cost in costs
