@@ -190,7 +190,7 @@ class Samples:
     def _join(self) -> None:
         for kept, kind in zip(self._leaves, self._kinds, strict=True):
             if kind == TENSOR and len(kept) > 1:
-                kept[:] = [torch.cat(kept)]
+                kept[:] = [torch.cat([part.to(kept[0].device) for part in kept])]
             elif kind == LIST and len(kept) > 1:
                 kept[:] = [[image for part in kept for image in part]]
 

@@ -92,10 +92,11 @@ class ExpectedEstimator:
         """Mean size over the samples."""
         if reduction == "joint":
             total = sums.get(record.key)
-            return (total if total is not None else torch.zeros(record.width)) / sums["samples"]
+            total = sums["samples"].new_zeros(record.width) if total is None else total
+            return total / sums["samples"]
         layers = [p for p in self.layers(record, wiring) if f"{record.key}/{p.name}" in sums]
         if not layers:
-            return torch.zeros(record.width)
+            return sums["samples"].new_zeros(record.width)
         # Rows are in the group's coordinates already (see _gather), so each layer maps 0..width-1 to itself.
         values = [sums[f"{record.key}/{layer.name}"] / sums["samples"] for layer in layers]
         own = torch.arange(record.width)

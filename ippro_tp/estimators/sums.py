@@ -48,8 +48,10 @@ class Sums(Mapping[str, Tensor]):
 
     def all_finite(self) -> bool:
         """Whether no sum holds NaN or inf. Waits for the device once."""
-        checks = [value.isfinite().all() for value in self._values.values()]
-        return bool(torch.stack([check.cpu() for check in checks]).all()) if checks else True
+        checks: dict[torch.device, list[Tensor]] = {}
+        for value in self._values.values():
+            checks.setdefault(value.device, []).append(value.isfinite().all())
+        return all(bool(torch.stack(each).all()) for each in checks.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the sums on the CPU."""
