@@ -219,7 +219,7 @@ def uncalled(make, other, **options):
         "zeros of groups without gradients are made on the CPU",
         lambda maker, scope: (
             maker in ("spasp", "spasp gated", "coupled")
-            or (maker, scope) in (("default", "global"), ("expected", "global"))
+            or (maker, scope) in (("default", "global"), ("expected", "global"), ("mean", "global"))
         ),
     ),
 )
@@ -422,7 +422,8 @@ def test_the_end_of_a_calibration_waits_for_the_device_a_few_times(maker):
 def waits_when_scoring(name, maker, scope):
     """Eq. 4 and i-SpaSP use masks as indices; sums of grouped convolutions count members for a global ranking."""
     masks = maker in ("paper", "spasp", "spasp gated")
-    return masks or ((name, scope) == ("transposed", "global") and maker in ("expected", "squares", "mean"))
+    grouped = ("expected", "squares", "mean", "single", "log")
+    return masks or (name == "transposed" and ((scope == "global" and maker in grouped) or maker == "log"))
 
 
 @pytest.mark.parametrize(

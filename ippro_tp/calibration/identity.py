@@ -23,9 +23,14 @@ def weights_of(model: nn.Module, records: Iterable[GroupRecord]) -> dict[str, Te
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Some elements of each weight, on the CPU."""
+    """Some elements of each weight, float32, on the CPU."""
     with torch.no_grad():
-        return {name: _sample(weight).cpu() for name, weight in weights.items() if weight.numel()}
+        picked = {name: _sample(weight) for name, weight in weights.items() if weight.numel()}
+        if not picked:
+            return {}
+        device = next(iter(picked.values())).device
+        together = torch.cat([part.to(device) for part in picked.values()]).cpu()  # one copy, not one a layer
+        return dict(zip(picked, together.split([len(part) for part in picked.values()]), strict=True))
 
 
 def different(known: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
