@@ -309,7 +309,7 @@ class Calibrated(abc.ABC):
         """The record that ``group`` belongs to and the position in it of each of the group's channels.
 
         Returns:
-            ``None`` where the group has no producer.
+            ``None`` where the group has no producer, or Torch-Pruning's index map of it is impossible.
 
         Raises:
             NotCalibratedError, StaleStatisticsError: the statistics do not cover the group.
@@ -326,6 +326,8 @@ class Calibrated(abc.ABC):
                 f"group {current.key!r} was not part of the calibration: its layers were ignored by the pruner, "
                 "or the graph is another one. Calibrate with the pruner (or graph) that asks for scores."
             )
+        if record.problems:  # Torch-Pruning would cut other channels than it says
+            return None
         check_widths(record, current)
         self._check_weights(group._DG.model, current)
         same_root = record.key == group_key(group)

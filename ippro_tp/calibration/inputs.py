@@ -37,6 +37,7 @@ class InputObservation:
     ) -> None:
         self.sums = Sums()
         self.notes: tuple[str, ...] = ()
+        self.records: tuple[GroupRecord, ...] = ()
         self._model, self._groups, self._on_input = model, groups, on_input
         self._handles: list[RemovableHandle] = []
         self._watching: bool | None = None  # None: not yet; False: the model is being traced
@@ -80,7 +81,8 @@ class InputObservation:
     def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._watching = False
         modules = dict(self._model.named_modules())
-        names = dict.fromkeys(c.name for record in self._groups(args, kwargs) for c in record.consumers)
+        self.records = tuple(self._groups(args, kwargs))
+        names = dict.fromkeys(c.name for record in self.records for c in record.consumers)
         for name in names:
             self._handles.append(modules[name].register_forward_pre_hook(self._hook(name)))
         self._watching = True

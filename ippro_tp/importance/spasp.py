@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -114,7 +115,14 @@ class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ign
             sums.add(f"gram/{name}", gram(name, module, x).to(wide))
 
     def _commit(self, observation: InputObservation) -> None:
-        return None
+        wrong = [record for record in observation.records if record.problems]
+        if wrong:
+            warnings.warn(
+                f"{len(wrong)} groups get no score and will not be pruned. {wrong[0].key!r}: Torch-Pruning's "
+                f"index map is impossible ({wrong[0].problems[0]}). ippro_tp.prune() follows each channel.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _default_loss(self) -> LossFn:
         return cross_entropy  # never called: there is no backward pass

@@ -159,7 +159,7 @@ class Layouts:
                     why = "the number of its rows depends on what is in them"
                     rows[key] = Rows("mixed", count=len(mark), samples=samples, why=why)
                     continue
-                found = infer({0: differ(mark, now)}, samples)
+                found = infer({0: differ(mark, now)}, samples) or _weakly(mark, now, samples)
                 if found is None:
                     unclear.add(key)
                 rows[key] = found if found is not None else shared(len(mark), samples)
@@ -170,6 +170,12 @@ class Layouts:
                 tables = {k: shared(x.numel() // x.shape[a], samples) for k, (x, a) in graph.kept.items()}
                 rows |= tables | _by_gradients(graph, changed, samples)
         return rows
+
+
+def _weakly(before: Tensor, after: Tensor, samples: int) -> Rows | None:
+    """Rows that change by no more than rounding, beside a large constant part: to the bit, where that is clear."""
+    found = infer({0: ~((before == after) | (before.isnan() & after.isnan()))}, samples)
+    return found if found is not None and found.kind == "samples" else None
 
 
 def _weighted(x: Tensor, weights: Tensor, axis: int) -> Tensor:
@@ -198,9 +204,11 @@ def _changes(before: list[Tensor], after: list[Tensor]) -> list[Tensor | None]:
     """Which entries of the outputs differ; ``None`` for those of another shape."""
     if len(before) != len(after):
         return [None] * len(before)
-    pairs = zip(before, after, strict=True)
-    return [differ(a.detach().float().flatten(), b.detach().float().flatten()).view(a.shape) if a.shape == b.shape
-            else None for a, b in pairs]  # fmt: skip
+    pairs = [(a.detach().float(), b.detach().float()) for a, b in zip(before, after, strict=True)]
+    masks = [differ(a.flatten(), b.flatten()).view(a.shape) if a.shape == b.shape else None for a, b in pairs]
+    if any(mask is None or mask.any() for mask in masks):
+        return masks
+    return [a != b for a, b in pairs]  # weak beside a large constant part: to the bit
 
 
 def _by_gradients(run: Recording, changed: list[list[Tensor | None]], samples: int) -> dict[Key, Rows]:

@@ -101,7 +101,7 @@ def knots_of(full: int, step: int, count: int, lowest: float = 0.1) -> Widths:
 
     Example:
         >>> knots_of(64, 1, 4), knots_of(10, 1, 4)
-        ((8, 24, 48, 64), (1, 4, 7, 10))
+        ((16, 32, 48, 64), (1, 4, 7, 10))
     """
     chosen = {full}
     multiple = next((m for m in (16, 8) if full >= 4 * m), 1)
