@@ -627,3 +627,28 @@ def test_reproducibly_restores_what_it_sets() -> None:
     assert (model.training, model[1].training) == (True, False)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.backends.mha.get_fastpath_enabled() is fused
+
+
+def test_a_bfloat16_model_is_refitted():
+    """Its rounding is coarse, but what a cut does to a layer is no rounding."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    with torch.no_grad():
+        net[0].weight[:16], net[0].bias[:16] = 0, 2.0  # constant channels, which a bias makes up for
+        net[2].weight[:, :16] += 0.5
+    net = net.to(torch.bfloat16).eval()
+    x = torch.randn(256, 16, dtype=torch.bfloat16)
+    wanted = net(x).float()
+    errors = []
+    for compensated in (False, True):
+        model = copy.deepcopy(net)
+        importance = lambda group: torch.arange(len(group[0].idxs), dtype=torch.float32)  # noqa: E731
+        pruner = tp.pruner.BasePruner(
+            model, x[:1], importance, pruning_ratio=0.25, ignored_layers=[model[2], model[4]]
+        )
+        if compensated:
+            Compensation().calibrate(pruner, x.split(64), progress=False).step(pruner)
+        else:
+            pruner.step()
+        errors.append(float((model(x).float() - wanted).square().mean().detach()))
+    assert errors[1] < 0.05 * errors[0]

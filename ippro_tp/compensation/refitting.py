@@ -30,6 +30,8 @@ BATCH, LEAST_BATCH, BATCH_BYTES = 64, 8, 40 << 20
 """Samples per forward pass before the cut, where any number gives the same: as many as fit into a cache."""
 ZERO = 64
 """An error of so many times the rounding of a single value is none."""
+LARGEST_ZERO = 0.03
+"""And none of more than this part of the output: a half-precision layer that lost inputs is not unchanged."""
 
 
 @dataclass(frozen=True)
@@ -380,7 +382,7 @@ class _Pass:
             error -= layer.module.bias.to(dtype).view(layer.groups, 1, -1)
         kept, removed = layer.inputs, layer.all_inputs - layer.inputs
         power = mean_square(y)
-        none = (ZERO * _rounding(layer.module.weight)) ** 2 * power
+        none = min(ZERO * _rounding(layer.module.weight), LARGEST_ZERO) ** 2 * power
         if y.shape[1] == 0:
             self._skip(layer, "all that it reads or gave holds NaN or inf")
         elif mean_square(error) <= none:
