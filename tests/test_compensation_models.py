@@ -652,3 +652,22 @@ def test_a_bfloat16_model_is_refitted():
             pruner.step()
         errors.append(float((model(x).float() - wanted).square().mean().detach()))
     assert errors[1] < 0.05 * errors[0]
+
+
+def test_a_layer_that_lends_its_weight_and_is_not_called_is_skipped():
+    class Lent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.lent, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.last(F.relu(F.linear(F.relu(self.first(x)), self.lent.weight, self.lent.bias)))
+
+    torch.manual_seed(0)
+    model, x = Lent().eval(), torch.randn(64, 6)
+    pruner = tp.pruner.BasePruner(
+        model, x[:1], tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=[model.first, model.last]
+    )
+    report = Compensation().calibrate(pruner, x.split(16), progress=False).step(pruner)
+    assert model(x).isfinite().all()
+    assert all(row.name != "lent" or row.skipped for row in report.rows)

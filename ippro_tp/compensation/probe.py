@@ -94,7 +94,7 @@ def probe(model: nn.Module, layers: Sequence[CutLayer], samples: Samples, device
     layouts = {}
     for layer in layers:
         calls = first.read.get(layer.name, [])
-        masks = [c[layer.name] for c in changed]
+        masks = [c.get(layer.name, []) for c in changed]  # a layer may lend its weight and not be called
         if any(m is None for m in masks):
             unfit.setdefault(
                 layer.name, "its calls and their sizes depend on the values that the model is called with"
