@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -85,3 +87,14 @@ def forget_caches(module: nn.Module) -> None:
             and all(isinstance(v, Tensor) for v in value.values())
         ):
             value.clear()
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Transformer layers call their layers, without the fused path of inference and its nested tensors."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ObservationError
 from ..graph.groups import Graph, graph_of
+from ..layers import unfused
 from ..records import GroupRecord
 
 
@@ -107,13 +108,8 @@ def eagerly() -> Iterator[None]:
     Compiled functions run eagerly, and ``nn.TransformerEncoder`` does not take the fused path of inference, which
     skips its layers and packs padded samples into nested tensors.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with unfused(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _compiled(module: nn.Module) -> bool:

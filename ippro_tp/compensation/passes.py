@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..calibration.guard import evaluating
+from ..layers import unfused
 from .cutlayer import CutLayer
 
 See = Callable[[CutLayer, Tensor, Any, tuple[Any, ...], dict[str, Any]], None]
@@ -27,12 +28,10 @@ def reproducibly(model: nn.Module) -> Iterator[None]:
     which call none of their layers and pass nested tensors on, are off.
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    fused = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(unfused())
         torch.manual_seed(0)
         yield
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..layers import forget_caches
+from ..layers import forget_caches, unfused
 from . import contractions, normalisations, reductions  # noqa: F401  # they register rules
 from .labels import Facts
 from .provenance import Provenance, ReplayError
@@ -55,18 +55,14 @@ def call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> 
 @contextmanager
 def plain_operations() -> Iterator[None]:
     """No fused kernels inside: attention, Transformer layers and recurrent nets run as products and sums."""
-    fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+        stack.enter_context(unfused())
+        yield
 
 
 def run(

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..layers import unfused
+
 
 class MacCounter:
     """Counts on behalf of :func:`counting`.
@@ -87,10 +89,8 @@ def counting(model: nn.Module) -> Iterator[MacCounter]:
 @contextmanager
 def _taken_apart(recurrent: bool) -> Iterator[None]:
     """Run layers by operators that the counter knows."""
-    fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(unfused())
         if recurrent:
             stack.enter_context(_without_mkldnn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
