@@ -16,6 +16,10 @@ $(STAMP): pyproject.toml
 	touch $@
 
 compare: $(STAMP)
+	$(BIN)/python -m benchmarks export --task digits --out runs/digits-export
+	$(BIN)/ippro-tp prune --library python --model benchmarks.models.small_resnet:SmallResNet \
+		--checkpoint runs/digits-export/network.safetensors --data-dir runs/digits-export --macs 0.5 \
+		--out runs/digits-pruned
 	$(BIN)/python -m benchmarks compare --task digits --out runs/digits
 	$(BIN)/python -m benchmarks report runs/digits
 

@@ -16,10 +16,12 @@ from benchmarks.product import command as product
 from benchmarks.product import figure as product_figure
 from benchmarks.robustness import run as robustness
 from benchmarks.scan import command as scan
+from benchmarks.tasks import export
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "compare": (compare.CompareConfig, compare.run),
     "report": (report.ReportConfig, report.run),
+    "export": (export.ExportConfig, export.run),
     "overhead": (overhead.OverheadConfig, overhead.run),
     "refit": (refit.RefitConfig, refit.run),
     "reconstruction": (reconstruction.ReconstructionConfig, reconstruction.run),

@@ -8,16 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from benchmarks.__main__ import main
 from benchmarks.errors import UsageError
 from benchmarks.harness.evaluate import accuracy, reestimate_batchnorm
 from benchmarks.harness.finetune import Recipe, finetune
-from benchmarks.tasks import TaskConfig, build_task
+from benchmarks.models.small_resnet import SmallResNet
+from benchmarks.tasks import TaskConfig, build_task, digits, export
 from benchmarks.tasks.base import TensorImages, flip_and_crop
 from benchmarks.tasks.cifar10 import cifar_images
 from benchmarks.tasks.imagefolder import FolderImages, output_indices
 from ippro_tp.cli.cifar_resnet import CifarResNet
+from ippro_tp.cli.config import PruneRunConfig
+from ippro_tp.cli.data import build_images
+from ippro_tp.cli.listing import read_listing
+from ippro_tp.cli.networks import build_network
 
 
 def test_calibration_is_a_function_of_the_seed_and_avoids_the_heldout_part(small_task):
@@ -155,3 +161,29 @@ def test_cifar_tasks_shift_in_black(tmp_path):
     batches = task.calibration(0, 4, 2)
     for (plain, _), (shifted, _) in zip(batches, task.augmented(batches, 0), strict=True):
         torch.testing.assert_close(shifted, plain)
+
+
+def test_an_exported_task_is_what_the_command_line_reads(small_task, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "build_task", lambda config: small_task)
+    monkeypatch.setitem(SmallResNet.pretrained_cfg, "mean", (0.5,))
+    monkeypatch.setitem(SmallResNet.pretrained_cfg, "std", (0.5,))
+    out = tmp_path / "export"
+    assert main(["export", "--out", str(out)]) == 0
+    config = PruneRunConfig(
+        model="benchmarks.models.small_resnet:SmallResNet", library="python", data_dir=out, train_epochs=1
+    )
+    listing = read_listing(config)
+    images = build_images(config, listing, build_network(config, listing.classes))
+    read = {path.stem: images.val[-1, i] for i, (path, _) in enumerate(images.val.samples)}
+    pixels, labels = small_task.test.batch(torch.arange(60))
+    assert torch.equal(torch.stack([read[f"{i:05d}"][0] for i in range(60)]), pixels)
+    assert [read[f"{i:05d}"][1] for i in range(60)] == labels.tolist()
+    weights = load_file(out / "network.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in small_task.model.state_dict().items())
+    monkeypatch.setattr(export, "build_task", None)
+    assert main(["export", "--out", str(out)]) == 0
+
+
+def test_the_digits_network_says_how_its_images_are_normalised():
+    train, _ = digits.digit_images()
+    assert (train.mean, train.std) == (SmallResNet.pretrained_cfg["mean"], SmallResNet.pretrained_cfg["std"])

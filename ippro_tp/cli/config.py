@@ -37,8 +37,8 @@ class PruneRunConfig:
     model: str = ""
     """Name of the network in its library."""
     library: Literal["timm", "torchvision", "cifar", "python"] = "timm"
-    """cifar: networks for 32x32 images (resnet20, resnet56, vgg19, ...); python: --model PACKAGE.MODULE:FUNCTION
-    is called with num_classes."""
+    """cifar: networks for 32x32 images (resnet20, resnet56, vgg19, ...); python: --model PACKAGE.MODULE:FUNCTION,
+    importable from here, is called with num_classes; timm's pretrained_cfg on the model tells size and colours."""
     pretrained: bool = False
     """Start from the library's own weights (downloaded)."""
     checkpoint: Path | None = None
@@ -280,8 +280,8 @@ class InspectConfig:
     model: str
     """Name of the network in its library."""
     library: Literal["timm", "torchvision", "cifar", "python"] = "timm"
-    """cifar: networks for 32x32 images (resnet20, resnet56, vgg19, ...); python: --model PACKAGE.MODULE:FUNCTION
-    is called with num_classes."""
+    """cifar: networks for 32x32 images (resnet20, resnet56, vgg19, ...); python: --model PACKAGE.MODULE:FUNCTION,
+    importable from here, is called with num_classes; timm's pretrained_cfg on the model tells size and colours."""
     task: Literal["classification", "segmentation"] = "classification"
     """Of torchvision's networks."""
     num_classes: int = 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from . import settings
 
+    if os.getcwd() not in sys.path:  # --library python: as with `python -m`, which an installed script is not
+        sys.path.insert(0, os.getcwd())
     try:
         arguments = settings.expand(sys.argv[1:] if arguments is None else arguments)
         configs: dict[str, Callable[..., Any]] = {name: config for name, (config, _) in COMMANDS.items()}

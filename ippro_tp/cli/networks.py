@@ -71,6 +71,8 @@ def build_network(config: PruneRunConfig, classes: list[str], any_classes: bool 
         model = _weighted(config, source, classes)
     model.eval()
     data = _data_config(config, model)
+    if data["input_size"][0] not in (1, 3):
+        raise UsageError(f"{config.model} takes images of {data['input_size'][0]} channels; files have 1 or 3")
     example = torch.zeros(1, *data["input_size"])
     outputs, ignored = _classifiers(model, example)
     if not any_classes:
@@ -207,7 +209,7 @@ def _named_after(classes: list[str], outputs: int) -> bool:
 
 
 def _data_config(config: PruneRunConfig, model: nn.Module) -> dict:
-    if config.library == "timm":
+    if config.library == "timm" or hasattr(model, "pretrained_cfg"):
         data = resolve_data_config({}, model=model)
     elif config.library == "torchvision":
         data = dict(IMAGENET)

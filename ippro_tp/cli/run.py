@@ -16,12 +16,13 @@ from torch import nn
 from ..pruning.saving import load_pruned, save_pruned
 from . import dry, export
 from .config import PruneRunConfig, check, identity
-from .data import Images, build_images, mask_size, read_listing
+from .data import Images, build_images
 from .errors import UsageError
 from .evaluate import reestimate_batchnorm
 from .figures import draw_all
 from .files import as_dict, environment, write_json
 from .latency import latencies
+from .listing import read_listing
 from .masks import draw_masks
 from .networks import Network, build_network
 from .objectives import Classification, Segmentation
@@ -29,6 +30,7 @@ from .plan import Plan, Planner
 from .report import markdown
 from .store import Store, check_folder
 from .training import Trainer
+from .transforms import mask_size
 from .weights import fingerprint
 
 TRAINED = "unpruned.safetensors"

@@ -87,3 +87,18 @@ def test_report_of_one_run_and_of_several(tmp_path, capsys):
     assert "|      2 |" in row or "| 2" in row
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "no finished run" in capsys.readouterr().err
+
+
+def test_networks_of_this_folder_are_found_by_the_installed_script_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "net_of_this_folder.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n"
+        "    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
+        "    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), *pool, nn.Linear(8, num_classes))\n"
+        "    model.pretrained_cfg = {'input_size': (1, 12, 12), 'mean': (0.5,), 'std': (0.5,), 'crop_pct': 1.0}\n"
+        "    return model\n"
+    )
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "--library", "python", "--model", "net_of_this_folder:build"]) == 0
+    assert "0.out" in capsys.readouterr().out

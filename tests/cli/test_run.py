@@ -19,10 +19,11 @@ from torch import nn
 from ippro_tp import load_pruned, save_pruned
 from ippro_tp.cli import plan as plans
 from ippro_tp.cli.config import PruneRunConfig
-from ippro_tp.cli.data import build_images, read_listing
+from ippro_tp.cli.data import build_images
 from ippro_tp.cli.errors import UsageError
 from ippro_tp.cli.evaluate import accuracy
 from ippro_tp.cli.latency import latencies
+from ippro_tp.cli.listing import read_listing
 from ippro_tp.cli.main import main
 from ippro_tp.cli.networks import build_network, check_classes
 from ippro_tp.cli.objectives import Segmentation, divergence, mean_iou
