@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         StructureError,
         TargetError,
     )
+    from .estimators.base import Estimator, register_estimator
     from .graph.attention import attention_heads, update_attention
     from .importance.pro import PROImportance
     from .importance.spasp import SpaSPImportance
@@ -38,6 +39,7 @@ _HOMES = {
         "StructureError",
         "TargetError",
     ),
+    ".estimators.base": ("Estimator", "register_estimator"),
     ".graph.attention": ("attention_heads", "update_attention"),
     ".importance.pro": ("PROImportance",),
     ".importance.spasp": ("SpaSPImportance",),
@@ -52,6 +54,7 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "Compensation",
+    "Estimator",
     "FisherNoise",
     "IPPROError",
     "LatencyTable",
@@ -70,6 +73,7 @@ __all__ = [
     "load_pruned",
     "prune",
     "register_activation",
+    "register_estimator",
     "register_norm",
     "save_pruned",
     "update_attention",

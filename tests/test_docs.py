@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/ runs, each alone, as it stands."""
+"""Every Python block of the README, of CONTRIBUTING and of docs/ runs, each alone, as it stands."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.criteria import registry
+from ippro_tp import layers
+from ippro_tp.estimators import base
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS = {"timm": "timm", "torchvision": "torchvision", "transformers": "transformers"}
 
 
@@ -39,6 +43,14 @@ def images(tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: create(name, **more))
+
+
+@pytest.fixture(autouse=True)
+def _registers(monkeypatch):
+    """What a block registers is gone after it."""
+    monkeypatch.setattr(base, "_REGISTERED", dict(base._REGISTERED))
+    monkeypatch.setattr(layers, "_ACTIVATIONS", set(layers._ACTIVATIONS))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 @pytest.mark.parametrize("code", [pytest.param(code, id=name) for name, code in blocks()])

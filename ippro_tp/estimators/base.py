@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,30 +12,72 @@ from torch import Tensor, nn
 from ..records import GroupRecord, Layer, Pass, Wiring
 from .sums import Sums
 
+LossScale = Callable[[int], float]
+"""``(batch size) -> factor`` that turns gradients of the loss into per-sample gradients."""
+OWN = ("expected", "paper")
+"""Names of the package's own estimators."""
+_REGISTERED: dict[str, Callable[[LossScale], Estimator]] = {}
+_Made = TypeVar("_Made", bound=Callable[[LossScale], "Estimator"])
 
-class Estimator(Protocol):
-    """What an observation and a score need to know of an estimator."""
 
-    name: str
-    taps_activations: bool
-    taps_through_norms: bool
-    taps_inputs: bool
-    centered: frozenset[str]
+class Estimator(ABC):
+    """What an observation and a score need to know of an estimator; only two methods have to be written.
+
+    Attributes:
+        taps_activations: whether :attr:`Pass.activations` is wanted.
+        taps_through_norms: whether sigma is looked for behind the norm that follows a layer.
+        taps_inputs: whether :attr:`Pass.inputs` and :attr:`Pass.reads` are wanted.
+        centered: groups that were measured where they are read.
+    """
+
+    taps_activations = False
+    taps_through_norms = False
+    taps_inputs = False
+    centered: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
+        """Add what one pass gave to ``sums``."""
+
+    @abstractmethod
+    def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
+        """``(record.width,)`` scores, higher = keep."""
 
     def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
-        """Parameters, by name, whose gradients are needed."""
-
-    def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
-        """Add one pass."""
+        """Parameters, by name, whose gradients are needed: none."""
+        return {}
 
     def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
         """Producers whose outputs, and readers whose inputs, need no tap, as the first forward pass shows."""
+        return set(), set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
-        """The producers of a group that carry its score."""
+        """The producers of a group that carry its score: those that no channel norm stands for."""
+        return tuple(p for p in record.producers if p.name not in wiring.norm_of)
 
-    def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
-        """``(record.width,)`` scores, higher = keep."""
+
+def register_estimator(name: str) -> Callable[[_Made], _Made]:
+    """Make the decorated :class:`Estimator` ``PROImportance(estimator=name)``.
+
+    It is made by ``cls(loss_scale)``, where ``loss_scale(batch_size)`` is the factor that turns gradients of the
+    loss into those of single samples. CONTRIBUTING.md has an example.
+
+    Raises:
+        ValueError: one of the package's own estimators is called so.
+    """
+    if name in OWN:
+        raise ValueError(f"the estimator {name!r} is the package's own; choose another name")
+
+    def register(made: _Made) -> _Made:
+        _REGISTERED[name] = made
+        return made
+
+    return register
+
+
+def registered_estimators() -> Mapping[str, Callable[[LossScale], Estimator]]:
+    """What was registered, by name."""
+    return _REGISTERED
 
 
 def reduce_layers(values: Sequence[Tensor], layers: Sequence[Layer], width: int, reduction: str) -> Tensor:

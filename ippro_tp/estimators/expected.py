@@ -10,18 +10,18 @@ does not cancel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..records import GroupRecord, Layer, Pass, Wiring
-from .base import reduce_layers
+from .base import Estimator, LossScale, reduce_layers
 from .coupling import Coupling, offset_products
 from .sums import Sums
 
 
-class ExpectedEstimator:
+class ExpectedEstimator(Estimator):
     """Mean over samples of the size of the offset of each sample.
 
     Args:
@@ -31,19 +31,9 @@ class ExpectedEstimator:
         coupled: also gather what :meth:`coupling` needs; with ``joint`` only.
     """
 
-    name = "expected"
-    taps_activations = False
-    taps_through_norms = False
-    taps_inputs = False
-    centered: frozenset[str] = frozenset()
-
-    def __init__(self, power: int, joint: bool, loss_scale: Callable[[int], float], coupled: bool = False) -> None:
+    def __init__(self, power: int, joint: bool, loss_scale: LossScale, coupled: bool = False) -> None:
         self._power, self._joint, self._loss_scale, self._coupled = power, joint, loss_scale, coupled
         self._plans: dict[tuple[Layer, torch.device], tuple[Tensor, Tensor] | None] = {}
-
-    def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
-        """None: offsets come from activations' gradients alone."""
-        return {}
 
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add the sizes of one batch's offsets, ``(width,)`` a group (or a layer)."""
@@ -79,14 +69,6 @@ class ExpectedEstimator:
         """How the offsets of the group's channels go together; ``None`` if it was not gathered."""
         products = sums.get(f"{record.key}#products")
         return None if products is None else Coupling(products, record.tied)
-
-    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
-        """None: offsets are those at the producers."""
-        return set(), set()
-
-    def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
-        """Producers that no channel norm stands for."""
-        return tuple(p for p in record.producers if p.name not in wiring.norm_of)
 
     def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
         """Mean size over the samples."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..layers import is_channel_norm
 from ..records import GroupRecord, Layer, Pass, Wiring
-from .base import reduce_layers
+from .base import Estimator, reduce_layers
 from .projective import SCORE_LIMIT, pro_excess
 from .sums import Sums
 
 
-class PaperEstimator:
+class PaperEstimator(Estimator):
     """Eq. 4 on accumulated gradients.
 
     Args:
@@ -23,11 +23,8 @@ class PaperEstimator:
             that follows it, where there is one (Sec. 4.2 of the paper).
     """
 
-    name = "paper"
     taps_activations = True
     taps_through_norms = True
-    taps_inputs = False
-    centered: frozenset[str] = frozenset()
 
     def __init__(self, step_size: float, target: str) -> None:
         self._step_size, self._target = step_size, target
@@ -48,10 +45,6 @@ class PaperEstimator:
         """Add the offsets d of one pass, summed over its samples."""
         for name, t in (*done.outputs.items(), *done.activations.items()):
             sums.add(f"offset/{name}", t.sum(0))
-
-    def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
-        """None: sigma is the identity for all that no activation follows."""
-        return set(), set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """One layer for each filter: the layer itself, or the norm that follows it."""

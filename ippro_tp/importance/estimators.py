@@ -7,7 +7,7 @@ from typing import get_args
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..estimators.base import Estimator
+from ..estimators.base import Estimator, LossScale, registered_estimators
 from ..estimators.centered import MADE_UP, CenteredEstimator
 from ..estimators.expected import ExpectedEstimator
 from ..estimators.paper import PaperEstimator
@@ -21,6 +21,8 @@ def estimator_of(
     if loss_reduction not in get_args(LossReduction):
         raise ValueError(f"loss_reduction={loss_reduction!r}; choose one of 'mean', 'sum'")
     values = options.in_force
+    if options.estimator in registered_estimators():
+        return registered_estimators()[options.estimator](_loss_scale(loss_reduction))
     if options.estimator == "paper":
         return PaperEstimator(values["step_size"], values["target"])
     return expected_estimator(options, loss_reduction, model)
@@ -30,10 +32,7 @@ def expected_estimator(
     options: Options, loss_reduction: LossReduction = "mean", model: nn.Module | None = None
 ) -> ExpectedEstimator:
     """The estimator ``"expected"``, with offsets measured from where the options say."""
-
-    def scale(batch: int) -> float:
-        return float(batch) if loss_reduction == "mean" else 1.0
-
+    scale = _loss_scale(loss_reduction)
     values, joint = options.in_force, options.group_reduction == "joint"
     power, reference = values["power"], values["reference"]
     if not joint or reference == "origin":
@@ -45,3 +44,8 @@ def expected_estimator(
     if model is not None and not norms:
         return ExpectedEstimator(power, True, scale, options.couples)
     return CenteredEstimator(power, scale, options.couples, lambda norm: MADE_UP * (norm in norms))
+
+
+def _loss_scale(loss_reduction: LossReduction) -> LossScale:
+    """A mean over the batch divides each sample's gradient by its size."""
+    return (lambda batch: float(batch)) if loss_reduction == "mean" else (lambda batch: 1.0)

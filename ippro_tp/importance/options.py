@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from ..estimators.base import registered_estimators
 from ..graph.cost import CostFn
 
 EstimatorName = Literal["expected", "paper"]
@@ -21,6 +22,7 @@ LossReduction = Literal["mean", "sum"]
 Normalizer = Callable[[Tensor], Tensor]
 
 ONLY_OF = {"expected": ("power", "reference", "seed"), "paper": ("step_size", "target")}
+"""Options of one estimator only. One that was registered draws labels as ``"expected"`` does: it has a seed."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Options:
         ValueError: an option is not known, or does not go with another, or with the estimator.
     """
 
-    estimator: EstimatorName = "expected"
+    estimator: EstimatorName | str = "expected"
     step_size: float | None = None
     group_reduction: Reduction = "joint"
     normalizer: str | Normalizer | None = None
@@ -45,7 +47,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("estimator", self.estimator, get_args(EstimatorName)),
+            ("estimator", self.estimator, (*get_args(EstimatorName), *registered_estimators())),
             ("group_reduction", self.group_reduction, get_args(Reduction)),
             ("target", self.target, (*get_args(FilterKind), None)),
             ("power", self.power, (*get_args(Power), None)),
@@ -68,12 +70,13 @@ class Options:
             )
         if self.depletion == "coupled" and self.group_reduction != "joint":
             raise ValueError('depletion="coupled" goes with group_reduction="joint"')
-        other = "paper" if self.estimator == "expected" else "expected"
-        for name in ONLY_OF[other]:
-            if (value := getattr(self, name)) is not None:
-                raise ValueError(
-                    f'{name}={value!r} is an option of estimator="{other}", not of "{self.estimator}"'
-                )
+        own = ONLY_OF.get(self.estimator, ("seed",))
+        for other, names in ONLY_OF.items():
+            for name in names:
+                if name not in own and (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f'{name}={value!r} is an option of estimator="{other}", not of "{self.estimator}"'
+                    )
 
     @property
     def in_force(self) -> dict[str, Any]:
@@ -112,6 +115,8 @@ class Options:
         values = self.in_force
         if self.estimator == "paper":
             return {**found, "target": values["target"]}
+        if self.estimator != "expected":
+            return found
         found |= {"power": values["power"], "joint": self.group_reduction == "joint"}
         found |= {"coupled": True} if self.couples else {}
         return {**found, "reference": values["reference"]} if found["joint"] else found

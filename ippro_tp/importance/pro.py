@@ -48,7 +48,7 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
 
     Args:
         estimator: ``"expected"``: mean over samples of :math:`|F\cdot\nabla_n|` (default).
-            ``"paper"``: Eq. 4 on the accumulated gradient.
+            ``"paper"``: Eq. 4 on the accumulated gradient. Or a name of :func:`ippro_tp.register_estimator`.
         step_size: :math:`\lambda` of Eq. 3, for ``"paper"`` only, by default 0.01; 0 is the limit.
         group_reduction: ``"joint"`` (coupled filters are one point), or, over the scores of the coupled layers,
             ``"mean"``, ``"sum"``, ``"max"``, ``"prod"``, ``"first"``.
@@ -128,7 +128,7 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
 
     def __init__(
         self,
-        estimator: choice.EstimatorName = "expected",
+        estimator: choice.EstimatorName | str = "expected",
         *,
         step_size: float | None = None,
         group_reduction: choice.Reduction = "joint",
