@@ -67,7 +67,7 @@ class Line:
                     and self.plant is None
                     and parameter.dtype in (torch.float32, torch.float64)
                 ):
-                    _make_unique(parameter)
+                    make_unique(parameter)
             if self.plant is not None:
                 self._plant(model)
         return model
@@ -101,7 +101,7 @@ class Line:
                 last.bias[channel] = constant
 
 
-def _make_unique(parameter: Tensor) -> None:
+def make_unique(parameter: Tensor) -> None:
     """Nudge numbers that are equal, so that a row or column of a weight can be told from its numbers."""
     flat = parameter.detach().flatten()
     for _ in range(20):

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from benchmarks.errors import UsageError
 from benchmarks.harness.cells import write_json
 from benchmarks.scan import model as scan_model
+from benchmarks.scan import pruned as scan_pruned
 from benchmarks.scan.zoo import (
     Counts,
     Entry,
@@ -32,6 +33,15 @@ SCOPES = ("local", "global")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of the scan: where its records are, who makes one, and its verdict."""
+
+    folder: str
+    look: Callable[[str, scan_model.Record], None]
+    verdict: Callable[[dict], str]
+
+
+@dataclass(frozen=True)
 class ScanConfig:
     """Try every torchvision and timm architecture: trace, calibrate, prune with magnitude and with PRO."""
 
@@ -40,7 +50,9 @@ class ScanConfig:
     models: tuple[str, ...] = ()
     """Only these: torchvision/NAME, timm/NAME, NAME, or MODULE:FUNCTION."""
     families: tuple[str, ...] = ()
-    """Only these files of architectures, such as torchvision/resnet or timm/efficientnet."""
+    """Only these files of architectures, such as torchvision/resnet or timm/efficientnet, or all of timm."""
+    prune: bool = False
+    """Examine ippro_tp.prune() instead of the importances in Torch-Pruning's pruners."""
     limit_seconds: float = 300
     """Wall clock per model."""
     limit_gb: float = 6
@@ -52,7 +64,14 @@ class ScanConfig:
     report_only: bool = False
     """Make the report of what is in --out."""
     report: Path | None = None
-    """Where the report goes; OUT/scan.md by default."""
+    """Where the report goes; OUT/scan.md by default. With --prune, OUT/prune.md and a CSV beside it."""
+
+    @property
+    def part(self) -> Part:
+        """What is examined."""
+        if self.prune:
+            return Part("prune", scan_pruned.examine, scan_pruned.verdict)
+        return Part("models", scan_model.examine, lambda record: judge(record)["verdict"])
 
 
 def run(config: ScanConfig) -> pd.DataFrame:
@@ -74,16 +93,21 @@ def run(config: ScanConfig) -> pd.DataFrame:
             bar.set_postfix_str(variants[0].name)
             for entry in variants:
                 record = examine(entry, config)
-                tqdm.write(one_line(record))
+                tqdm.write(scan_pruned.one_line(record) if config.prune else one_line(record))
                 if record["stages"].get("build", {}).get("ok"):
                     break  # the smallest variant that runs stands for its family
-    records = load(config.out)
+    records = load(config.out, config.part.folder)
     if not records:
         raise UsageError(f"no results under {config.out}; run without --report-only first")
-    table = pd.DataFrame([judge(record) for record in records])
-    target = config.report or config.out / "scan.md"
+    target = config.report or config.out / ("prune.md" if config.prune else "scan.md")
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(markdown(records, table))
+    if config.prune:
+        table = pd.DataFrame([scan_pruned.row(record) for record in records])
+        table.to_csv(target.with_suffix(".csv"), index=False)
+        target.write_text(scan_pruned.markdown(records, table))
+    else:
+        table = pd.DataFrame([judge(record) for record in records])
+        target.write_text(markdown(records, table))
     print(target)
     return table
 
@@ -105,18 +129,22 @@ def choose(config: ScanConfig, counts: Counts) -> tuple[int, Iterator[list[Entry
         return len(entries), iter(entries)
     torchvision, timm = torchvision_names(), timm_families()
     if config.families:
-        unknown = set(config.families) - {*torchvision.values(), *timm}
+        unknown = set(config.families) - {*torchvision.values(), *timm, "torchvision", "timm"}
         if unknown:
             raise UsageError(f"no family {sorted(unknown)[0]!r}; use torchvision/MODULE or timm/MODULE")
-        torchvision = {n: family for n, family in torchvision.items() if family in config.families}
-        timm = [family for family in config.families if family in timm]
+        torchvision = {n: family for n, family in torchvision.items() if _chosen(family, config.families)}
+        timm = [family for family in timm if _chosen(family, config.families)]
     ones = ([entry] for entry in torchvision_entries(counts, torchvision))
     return len(torchvision) + len(timm), itertools.chain(ones, (timm_variants(f, counts) for f in timm))
 
 
+def _chosen(family: str, families: tuple[str, ...]) -> bool:
+    return family in families or family.partition("/")[0] in families
+
+
 def examine(entry: Entry, config: ScanConfig) -> dict:
     """Return the record of one model, from its file or by running it."""
-    path = entry.path(config.out)
+    path = entry.path(config.out, config.part.folder)
     if path.exists():
         record = json.loads(path.read_text())
         if not stale(record, config):
@@ -130,7 +158,7 @@ def examine(entry: Entry, config: ScanConfig) -> dict:
     log = path.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     limits = (config.limit_seconds, config.limit_gb)
-    process = start_child(entry, path, log, *limits)
+    process = start_child(config.part.look, entry, path, log, *limits)
     process.join(config.limit_seconds + GRACE)
     ending = f"exit code {process.exitcode}"
     if process.is_alive():
@@ -148,16 +176,18 @@ def examine(entry: Entry, config: ScanConfig) -> dict:
     return record
 
 
-def start_child(entry: Entry, path: Path, log: Path, seconds: float, gigabytes: float) -> BaseProcess:
+def start_child(
+    look: Callable[[str, scan_model.Record], None], entry: Entry, path: Path, log: Path, *limits: float
+) -> BaseProcess:
     """Start the examination of one model in a process of its own.
 
     Processes are forked from one that has imported the libraries and done nothing else: importing them anew
     takes longer than examining most models.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch_pruning", "torchvision", "timm"])
+    context.set_forkserver_preload(["torch_pruning", "torchvision", "timm", "benchmarks.scan.pruned"])
     process = context.Process(
-        target=scan_model.main, args=(entry.name, entry.family, path, log, seconds, gigabytes), daemon=True
+        target=scan_model.main, args=(look, entry.name, entry.family, path, log, *limits), daemon=True
     )
     process.start()
     return process
@@ -182,12 +212,12 @@ def stale(record: dict, config: ScanConfig) -> bool:
         return record["params"] <= config.max_params * 1e6
     if record["status"] in ("time limit", "killed") and config.limit_seconds > record.get("limit_seconds", 0):
         return True
-    return config.retry_failed and judge(record)["verdict"] != "works"
+    return config.retry_failed and config.part.verdict(record) != "works"
 
 
-def load(out: Path) -> list[dict]:
-    """Return all records under ``out``."""
-    records = [json.loads(path.read_text()) for path in sorted((out / "models").glob("*.json"))]
+def load(out: Path, folder: str = "models") -> list[dict]:
+    """Return all records under ``out`` of a part of the scan."""
+    records = [json.loads(path.read_text()) for path in sorted((out / folder).glob("*.json"))]
     return [record for record in records if record["status"] != "running"]
 
 

@@ -371,10 +371,19 @@ def limit_resources(seconds: float, gigabytes: float) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
-def main(name: str, family: str, path: Path, log: Path, seconds: float, gigabytes: float) -> None:
+def main(
+    look: Callable[[str, Record], None],
+    name: str,
+    family: str,
+    path: Path,
+    log: Path,
+    seconds: float,
+    gigabytes: float,
+) -> None:
     """Examine one model and write its JSON; everything it prints goes to ``log``. Runs in a process of its own.
 
     Args:
+        look: fills the record: :func:`examine`, or that of another part of the scan.
         name: As in :class:`benchmarks.scan.zoo.Entry`.
         family: The same.
         path: The JSON file.
@@ -392,7 +401,7 @@ def main(name: str, family: str, path: Path, log: Path, seconds: float, gigabyte
     status = "done"
     try:
         limit_resources(seconds, gigabytes)
-        examine(name, record)
+        look(name, record)
     except TimeLimit:
         status = "time limit"
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -50,9 +50,9 @@ class Entry:
     family: str
     params: int | None
 
-    def path(self, out: Path) -> Path:
+    def path(self, out: Path, folder: str = "models") -> Path:
         """Return the JSON file of this model under ``out``."""
-        return out / "models" / f"{self.name.replace('/', '__').replace(':', '__')}.json"
+        return out / folder / f"{self.name.replace('/', '__').replace(':', '__')}.json"
 
 
 @dataclass

@@ -102,7 +102,7 @@ def test_finished_models_are_skipped_and_failed_ones_repeated_on_demand(finished
     out, _ = finished
     started = []
 
-    def start(entry, *args):
+    def start(look, entry, *args):
         started.append(entry.name)
         raise OSError("not in this test")
 
