@@ -178,7 +178,7 @@ def macs(model: nn.Module, inputs: Any) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call(copy.deepcopy(model), picked(inputs, 0, 1))
+            call(copy.deepcopy(model).requires_grad_(False), picked(inputs, 0, 1))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2

@@ -26,7 +26,7 @@ from ippro_tp import PruneResult, TargetError, load_pruned, prune, save_pruned
 from ippro_tp.graph.dependency import RepairedGraph, build_graph
 from ippro_tp.graph.groups import read_group
 from ippro_tp.graph.onepass import fresh_copy, tensors_in
-from ippro_tp.graph.proof import difference, prove, reference_outputs
+from ippro_tp.graph.proof import cut, difference, prove, reference_outputs
 
 TARGETS = (0.7, 0.5)
 TOLERANCE = 1e-4
@@ -62,23 +62,32 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
         result["groups"] = torch_pruning_groups(subject)
     if not record.passed("graph"):
         return
-    pruned: list[PruneResult] = []
+    refitted: list[PruneResult] = []
     with record.stage("prune 0.7") as result:
-        pruned.append(reach(subject, TARGETS[0], result, compensation=False))
-    if pruned:
+        refitted.append(reach(subject, TARGETS[0], result))
+    if refitted:
+        plain = _cut(graphs[0], subject, refitted[0])
         with record.stage("same 0.7") as result:
-            compare(subject, graphs[0], pruned[0], result)
+            compare(subject, graphs[0], refitted[0], plain, result)
+        with record.stage("compensation") as result:
+            judge_compensation(subject, plain, refitted[0], result)
         with record.stage("saved") as result:
-            save(subject, pruned[0].model)
-    plain: list[PruneResult] = []
+            save(subject, refitted[0].model)
+        del plain
+    found_random: list[PruneResult] = []
     random = tp.importance.RandomImportance()
     with record.stage("prune 0.5") as result:
-        plain.append(reach(subject, TARGETS[1], result, importance=random, compensation=False))
-    if plain:
+        found_random.append(reach(subject, TARGETS[1], result, importance=random, compensation=False))
+    if found_random:
         with record.stage("same 0.5") as result:
-            compare(subject, graphs[0], plain[0], result)
-        with record.stage("compensation") as result:
-            compensate(subject, plain[0], record.data["stages"]["prune 0.5"]["asked"], result)
+            compare(subject, graphs[0], found_random[0], found_random[0].model, result)
+
+
+def _cut(graph: RepairedGraph, subject: Subject, pruned: PruneResult) -> nn.Module:
+    """The model without what ``pruned`` lost, before Compensation."""
+    model = fresh_copy(subject.model)
+    cut(graph, model, removed_classes(graph, pruned))
+    return model
 
 
 def torch_pruning_groups(subject: Subject) -> int:
@@ -97,6 +106,7 @@ def reach(subject: Subject, macs: float, result: dict, **options: Any) -> PruneR
     """Prune to ``macs``, or to the nearest that can be met."""
     if subject.detector and "importance" not in options:
         options["importance"] = tp.importance.MagnitudeImportance(p=2)  # random boxes have no loss without targets
+        options["compensation"] = False
     before = {key: value.clone() for key, value in subject.model.state_dict().items()}
     try:
         pruned = prune(subject.model, subject.inputs, loader(subject), macs=macs, progress=False, **options)
@@ -128,27 +138,30 @@ def removed_classes(graph: RepairedGraph, pruned: PruneResult) -> Tensor:
     return torch.cat(found)
 
 
-def compare(subject: Subject, graph: RepairedGraph, pruned: PruneResult, result: dict) -> None:
+def compare(subject: Subject, graph: RepairedGraph, pruned: PruneResult, plain: nn.Module, result: dict) -> None:
     """Compare the outputs with the references, in single precision and in double where the model can.
 
     Raises:
-        ArithmeticError: They differ by more than :data:`TOLERANCE` in both.
+        ArithmeticError: They differ by more than :data:`TOLERANCE` in both, or ``plain`` has other shapes.
     """
+    after = pruned.model.state_dict()
+    if any(value.shape != after[key].shape for key, value in plain.state_dict().items()):
+        raise ArithmeticError("the pruned model has other shapes than its record says")
     classes = removed_classes(graph, pruned)
-    result["difference"] = _gap(graph, subject.model, pruned.model, subject.inputs, classes)
+    result["difference"] = _gap(graph, subject.model, plain, subject.inputs, classes)
     gaps = [result["difference"]]
     if result["difference"] > 1e-6:
         try:
             inputs = tuple(_double(value) for value in subject.inputs)
-            models = [fresh_copy(model).double() for model in (subject.model, pruned.model)]
+            models = [fresh_copy(model).double() for model in (subject.model, plain)]
             result["double"] = _gap(graph, *models, inputs, classes)
             gaps.append(result["double"])
         except RuntimeError as error:
             result["double_error"] = str(error)[:200]
     try:
         with torch.no_grad():
-            silenced = outputs_of(silenced_outputs(copy.deepcopy(subject.model), pruned.model, subject.inputs))
-            result["silenced"] = difference(outputs_of(_call(pruned.model, subject.inputs)), silenced)
+            silenced = outputs_of(silenced_outputs(copy.deepcopy(subject.model), plain, subject.inputs))
+            result["silenced"] = difference(outputs_of(_call(plain, subject.inputs)), silenced)
     except NoReferenceError as why:
         result["silenced"] = str(why)
     except Exception as error:  # the slow reference knows a few kinds of layers only
@@ -190,8 +203,8 @@ def save(subject: Subject, model: nn.Module) -> None:
         raise ArithmeticError("the loaded model gives other outputs")
 
 
-def compensate(subject: Subject, plain: PruneResult, macs: float, result: dict) -> None:
-    """Prune to the same ``macs`` with compensation, and compare the errors on images that neither has seen.
+def judge_compensation(subject: Subject, plain: nn.Module, refitted: PruneResult, result: dict) -> None:
+    """Compare the errors with and without compensation on images that were not seen.
 
     Raises:
         ArithmeticError: Compensation made it worse.
@@ -199,15 +212,11 @@ def compensate(subject: Subject, plain: PruneResult, macs: float, result: dict) 
     if subject.detector:
         result["skipped"] = "detections of random weights have no error"
         return
-    options: dict[str, Any] = {"importance": tp.importance.RandomImportance(), "compensation": True}
-    refitted = prune(subject.model, subject.inputs, loader(subject), macs=macs, progress=False, **options)
     inputs = subject.batch(FRESH)
     with torch.no_grad():
         wanted, before, after = (
-            outputs_of(_call(model.eval(), inputs)) for model in (subject.model, plain.model, refitted.model)
+            outputs_of(_call(model.eval(), inputs)) for model in (subject.model, plain, refitted.model)
         )
-    same = [a.removed == b.removed for a, b in zip(plain.steps[0].groups, refitted.steps[0].groups, strict=True)]
-    result["same_channels"] = all(same)
     result["before"], result["after"] = _error(before, wanted), _error(after, wanted)
     report = refitted.steps[0].refitted
     reasons = collections.Counter(row.skipped for row in report.rows) if report is not None else {}

@@ -119,7 +119,10 @@ def run(
 
 
 def fresh_copy(model: nn.Module, *, shared: bool = False) -> nn.Module:
-    """A copy in eval mode without hooks, and without tensors that a forward pass left on modules.
+    """A copy in eval mode, without tensors that a forward pass left on modules.
+
+    Hooks come along: weights can be made by one (``torch.nn.utils.weight_norm``), and so can what a model of Hugging
+    Face's returns.
 
     Args:
         model: what is copied.
@@ -129,6 +132,4 @@ def fresh_copy(model: nn.Module, *, shared: bool = False) -> nn.Module:
     made = copy.deepcopy(model, {id(t): t for t in tensors}).eval()
     for module in made.modules():
         forget_caches(module)
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
     return made

@@ -29,7 +29,7 @@ HF = (
     "hf-llama",
     "hf-whisper",
 )
-HF_PENDING = ("hf-llama", "hf-gpt2", "hf-wav2vec2")
+HF_PENDING = ("hf-llama", "hf-gpt2")
 
 
 def hf_lines() -> dict[str, Line]:
@@ -70,8 +70,14 @@ def test_hidden_layers_and_heads_of_hugging_face_are_pruned(name):
     checks = Checks(hf_lines()[name])
     model = checks.model(planted=False)
     loader = [(picked(checks.many, at, at + 8), None) for at in range(0, checks.line.samples, 8)]
-    result = prune(model, picked(checks.many, 0, 1), loader, macs=0.7, compensation=False, progress=False)
-    assert abs(result.macs - 0.7) <= 0.0101
+    options = {
+        "macs": 0.6,
+        "scope": "local",
+        "compensation": False,
+        "progress": False,
+    }  # all that can lose channels
+    result = prune(model, picked(checks.many, 0, 1), loader, **options)
+    assert abs(result.macs - 0.6) <= 0.0101
     assert parameters(result.model) < parameters(model)
     assert narrowed(model, result.model, HIDDEN), result
     if name != "hf-convnext":
