@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.errors import UsageError
 from benchmarks.scan import command as scan
 from benchmarks.scan import model as scan_model
+from benchmarks.scan import pruned as scan_pruned
 from benchmarks.scan import zoo as scan_zoo
 from benchmarks.scan.command import ScanConfig
 
@@ -96,6 +97,30 @@ def test_report(finished):
     total = next(line for line in text.splitlines() if line.startswith("| all"))
     # 7 of 8 could be built; 4 are traced; 3 work locally with magnitude, 2 of them with PRO; the same globally
     assert [int(cell) for cell in total.split("|")[2:-1]] == [7, 4, 3, 2, 2, 3, 2, 2]
+
+
+def test_prune_is_scanned_beside_the_drop_in(tmp_path):
+    names = ("Net", "FixedWidth", "Unbuildable")
+    table = scan.run(config(tmp_path, *names, prune=True, limit_seconds=120, limit_gb=4))
+    table = table.set_index(table.name.str.partition(":")[2])
+    assert table.verdict.to_dict() == {"Net": "works", "FixedWidth": "refused", "Unbuildable": "not built"}
+    net, fixed = table.loc["Net"], table.loc["FixedWidth"]
+    assert (net.proved, net["left whole"], fixed.proved, fixed["left whole"]) == (2, 1, 1, 2)
+    assert fixed["MACs for 0.7"] > 0.71  # the nearest
+    assert "invalid for input of size" in fixed["why whole"]
+    for target in (0.7, 0.5):
+        assert abs(net[f"MACs for {target}"] - target) <= 0.01
+    assert net.difference < 1e-6
+    assert net.silenced < 1e-6
+    assert net.saved
+    assert net["error compensated"] <= net["error"]
+    assert (tmp_path / "prune.csv").exists()
+    assert "1 x its channels are the model's output" in (tmp_path / "prune.md").read_text()
+    record = json.loads((tmp_path / "prune" / "scan_nets__Net.json").read_text())
+    record["stages"]["same 0.7"] = {"ok": False, "error": {"type": "ArithmeticError", "message": "differs"}}
+    assert scan_pruned.verdict(record) == "differs"
+    record["stages"]["prune 0.7"]["refused"] = "the nearest is 0.8"
+    assert scan_pruned.verdict(record) == "refused"
 
 
 def test_finished_models_are_skipped_and_failed_ones_repeated_on_demand(finished, monkeypatch):

@@ -121,8 +121,8 @@ def run(
 def fresh_copy(model: nn.Module, *, shared: bool = False) -> nn.Module:
     """A copy in eval mode, without tensors that a forward pass left on modules.
 
-    Hooks come along: weights can be made by one (``torch.nn.utils.weight_norm``), and so can what a model of Hugging
-    Face's returns.
+    Hooks come along: weights can be made by one (``torch.nn.utils.weight_norm``), and so can what a model of
+    Hugging Face's returns.
 
     Args:
         model: what is copied.
