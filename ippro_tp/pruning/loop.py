@@ -278,7 +278,8 @@ class Loop:
         """A copy of the model without so many units of each group; any will do, for sizes."""
         if not any(gone.values()):
             return self.model
-        model = copy.deepcopy(self.model)
+        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}  # those cut are made anew
+        model = copy.deepcopy(self.model, shared)
         masks = {key: _mask(structure.groups[key], torch.arange(n)) for key, n in gone.items() if n}
         with _explained("the model does not run once it is cut"):
             Cut(structure, masks).apply(model)
