@@ -6,7 +6,9 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
@@ -454,6 +456,24 @@ def test_saving_says_what_it_needs(tmp_path):
     build = lambda: Local(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))  # noqa: E731
     again = load_pruned(result.save(tmp_path / "out", builder=build), builder=build)
     assert torch.equal(again(x), result.model(x))
+
+
+class Scaled(nn.Sequential):
+    """Multiplies by what stands neither on it nor on its modules."""
+
+    factors: ClassVar[weakref.WeakKeyDictionary[nn.Module, float]] = weakref.WeakKeyDictionary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factors.get(self, 1.0)
+
+
+def test_a_model_that_comes_back_as_another_is_not_saved(tmp_path):
+    x = torch.randn(8, 4)
+    result = go(Scaled(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), [x], macs=0.5)
+    Scaled.factors[result.model] = 2.0
+    with pytest.raises(ValueError, match="gives other outputs"):
+        result.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- scores of any importance, made comparable -----------------------------------------------------------------

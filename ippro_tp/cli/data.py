@@ -25,11 +25,16 @@ MODES = {1: "L", 3: "RGB"}
 """How images are decoded for a network of so many input channels."""
 
 
-class FolderImages(Dataset):
+class FolderImages(Dataset[Any]):
     """Images by ``(epoch, index)``: epoch -1 gives the evaluation transform, any other its own augmentation."""
 
     def __init__(
-        self, samples: list[Sample], evaluate: Callable, augment: Callable, seed: int, mode: str = "RGB"
+        self,
+        samples: list[Sample],
+        evaluate: Callable[..., Any],
+        augment: Callable[..., Any],
+        seed: int,
+        mode: str = "RGB",
     ) -> None:
         self.samples, self._evaluate, self._augment, self._seed = samples, evaluate, augment, seed
         self._mode = mode
@@ -105,8 +110,8 @@ def _epoch_number(phase: str, epoch: int) -> int:
 
 def build_images(config: PruneRunConfig, listing: Listing, network: Network) -> Images:
     """Return the images of ``listing``, transformed as ``network`` wants them."""
-    evaluate: Callable
-    augment: Callable
+    evaluate: Callable[..., Any]
+    augment: Callable[..., Any]
     if config.task == "segmentation":
         size = mask_size(config, listing)
         evaluate, augment = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 
@@ -10,6 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import transforms
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .runs import PHASES
@@ -21,7 +24,7 @@ MOST_ROWS = 80
 """Rows of a figure; of more, evenly spread ones are shown."""
 
 
-def draw_all(folder: Path, result: dict) -> list[Path]:
+def draw_all(folder: Path, result: dict[str, Any]) -> list[Path]:
     """Draw the figures of a run; return their files.
 
     Args:
@@ -29,16 +32,12 @@ def draw_all(folder: Path, result: dict) -> list[Path]:
         result: ``results.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "summary.png", folder / "widths.png", folder / "scores.png"]
-    for draw, path in zip((_summary, _widths, _scores), paths, strict=True):
-        figure = draw(result)
-        partial = path.with_suffix(".tmp")
-        figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
-        plt.close(figure)
-        partial.replace(path)
+    figures = {"summary": _summary(result), "widths": _widths(result), "scores": _scores(result)}
     if result.get("history"):
-        path = folder / "training.png"
-        figure = _training(result["history"], result.get("distilled", False))
+        figures["training"] = _training(result["history"], result.get("distilled", False))
+    paths = []
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
         partial = path.with_suffix(".tmp")
         figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
         plt.close(figure)
@@ -47,26 +46,26 @@ def draw_all(folder: Path, result: dict) -> list[Path]:
     return paths
 
 
-def phase_names(result: dict) -> dict[str, str]:
+def phase_names(result: dict[str, Any]) -> dict[str, str]:
     """Return what the phases of a run are called, in their order."""
     names = {phase: name for phase, name in PHASES.items() if phase in result["quality"]}
     return names | ({"pruned": "pruned, compensated"} if result["compensation"] else {})
 
 
-def _plain(axis, grid: str = "y") -> None:
+def _plain(axis: Axes, grid: Literal["x", "y"] = "y") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, alpha=0.25)
     axis.set_axisbelow(True)
 
 
-def _legend_below_title(axis) -> None:
+def _legend_below_title(axis: Axes) -> None:
     """Put the legend into a line of its own: titles with long names take the whole width."""
     place = transforms.ScaledTranslation(0, 4 / 72, axis.figure.dpi_scale_trans)
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=axis.transAxes + place, ncols=2,
                 frameon=False, fontsize=9, borderpad=0, borderaxespad=0, handletextpad=0.5)  # fmt: skip
 
 
-def _summary(result: dict):
+def _summary(result: dict[str, Any]) -> Figure:
     """Quality after each phase, and what is left of MACs, parameters and latency."""
     names = phase_names(result)
     values = [100 * result["quality"][p] for p in names]
@@ -122,7 +121,7 @@ def _rows(names: list[str]) -> list[int]:
     )
 
 
-def _widths(result: dict):
+def _widths(result: dict[str, Any]) -> Figure:
     """Outputs of every layer before and after."""
     before, after = result["plan"]["widths_before"], result["plan"]["widths"]
     names = list(before)
@@ -146,7 +145,7 @@ def _widths(result: dict):
     return figure
 
 
-def _scores(result: dict):
+def _scores(result: dict[str, Any]) -> Figure:
     """Scores of all channels, a row per group, kept and removed ones apart; of the last step."""
     groups = [g for g in result["plan"]["steps"][-1]["groups"] if g["scores"]]
     shown = [groups[i] for i in _rows([g["root"] for g in groups])]
@@ -183,7 +182,7 @@ def _scores(result: dict):
     return figure
 
 
-def _training(history: dict[str, list[float]], distilled: bool):
+def _training(history: dict[str, list[float]], distilled: bool) -> Figure:
     """Mean training loss per epoch."""
     labels = {"trained": "unpruned network", "finetuned": "fine-tuning"}
     if distilled:

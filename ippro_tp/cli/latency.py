@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Measurement, Timer
@@ -9,7 +11,7 @@ from torch.utils.benchmark import Measurement, Timer
 ROUNDS = 5
 
 
-def latencies(networks: dict[str, nn.Module], example: Tensor, seconds: float = 0.5) -> dict[str, dict]:
+def latencies(networks: dict[str, nn.Module], example: Tensor, seconds: float = 0.5) -> dict[str, dict[str, Any]]:
     """Return each network's median seconds of a forward pass over ``example``, and how they were measured.
 
     The networks take turns, so that a machine that is busy for a while is busy for all of them.

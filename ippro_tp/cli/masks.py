@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -25,7 +26,7 @@ def draw_masks(
     networks: dict[str, nn.Module],
     device: torch.device,
     objective: Segmentation,
-    data: dict,
+    data: dict[str, Any],
 ) -> None:
     """Draw evenly spread validation images with what the networks make of them.
 
@@ -82,7 +83,7 @@ def _coloured(mask: Tensor, colours: np.ndarray, ignored: int) -> np.ndarray:
     return picture
 
 
-def _picture(image: Tensor, data: dict) -> np.ndarray:
+def _picture(image: Tensor, data: dict[str, Any]) -> np.ndarray:
     """Return the image as it was before normalisation, ``[H, W, 3]`` in 0 to 1."""
     mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -36,15 +37,15 @@ class Network:
     """
 
     model: nn.Module
-    source: dict
+    source: dict[str, Any]
     example: Tensor
     ignored: tuple[str, ...]
     frozen: tuple[str, ...]
     outputs: int
-    data: dict
+    data: dict[str, Any]
 
     @property
-    def saved_as(self) -> dict | None:
+    def saved_as(self) -> dict[str, Any] | None:
         """The source that ``save_pruned`` takes; ``None`` where the modules themselves are to be written down."""
         return self.source if self.source["library"] in ("timm", "torchvision") else None
 
@@ -91,8 +92,8 @@ def check_classes(config: PruneRunConfig, classes: list[str], outputs: int) -> N
         )
 
 
-def _kwargs(config: PruneRunConfig, num_classes: int | None) -> dict:
-    kwargs: dict = {} if num_classes is None else {"num_classes": num_classes}
+def _kwargs(config: PruneRunConfig, num_classes: int | None) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     _check_name(config)
     if config.library == "timm" and config.img_size:
         known = timm.get_pretrained_cfg(config.model)
@@ -124,7 +125,7 @@ def _check_name(config: PruneRunConfig) -> None:
         raise UsageError(f"--library {library} has no model {name!r} for {config.task}; {choice}")
 
 
-def _build(source: dict) -> nn.Module:
+def _build(source: dict[str, Any]) -> nn.Module:
     library, name, kwargs = source["library"], source["name"], source["kwargs"]
     if library == "timm":
         return timm.create_model(name, pretrained=False, **kwargs)
@@ -149,7 +150,7 @@ def _imported(name: str) -> Callable[..., nn.Module] | None:
     return value if callable(value) else None
 
 
-def _weighted(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Module:
+def _weighted(config: PruneRunConfig, source: dict[str, Any], classes: list[str]) -> nn.Module:
     """Build the network and load its weights; ``source`` is completed by the number of outputs."""
     if config.pretrained:
         return _pretrained(config, source, classes)
@@ -167,7 +168,7 @@ def _weighted(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Mo
     return model
 
 
-def _pretrained(config: PruneRunConfig, source: dict, classes: list[str]) -> nn.Module:
+def _pretrained(config: PruneRunConfig, source: dict[str, Any], classes: list[str]) -> nn.Module:
     if config.library in ("cifar", "python"):
         raise UsageError(
             f"--library {config.library} has no weights to download; give --checkpoint or --train-epochs"
@@ -208,9 +209,9 @@ def _named_after(classes: list[str], outputs: int) -> bool:
     return True
 
 
-def _data_config(config: PruneRunConfig, model: nn.Module) -> dict:
+def _data_config(config: PruneRunConfig, model: nn.Module) -> dict[str, Any]:
     if config.library == "timm" or hasattr(model, "pretrained_cfg"):
-        data = resolve_data_config({}, model=model)
+        data = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
     elif config.library == "torchvision":
         data = dict(IMAGENET)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +43,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe, frozen: tuple[str, ...] = (
     """Return the optimizer over all parameters but the ``frozen`` ones; normalisation layers are a group apart."""
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     named = [(n, p) for n, p in model.named_parameters() if n not in frozen and p.requires_grad]
-    plain: dict = {}
-    special: dict = {}
+    plain: dict[str, Any] = {}
+    special: dict[str, Any] = {}
     if recipe.norm_weight_decay is not None:
         special["weight_decay"] = recipe.norm_weight_decay
     if recipe.norm_momentum is not None and recipe.optimizer == "sgd":
@@ -61,7 +62,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe, frozen: tuple[str, ...] = (
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int):
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Return the scheduler, to be stepped after every optimizer step."""
     total = max(recipe.epochs * steps_per_epoch, 1)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
 from .figures import phase_names
 
 
-def markdown(result: dict, figures: list[Path]) -> str:
+def markdown(result: dict[str, Any], figures: list[Path]) -> str:
     """Return the report of ``results.json`` with links to ``figures`` (in the folder ``figures/``)."""
     plan, times = result["plan"], result["latency"]
     names = phase_names(result)
@@ -64,7 +65,7 @@ def markdown(result: dict, figures: list[Path]) -> str:
     return "\n".join(parts)
 
 
-def _onnx(result: dict) -> list[str]:
+def _onnx(result: dict[str, Any]) -> list[str]:
     if "onnx_difference" not in result:
         return []
     difference = result["onnx_difference"]
@@ -74,7 +75,7 @@ def _onnx(result: dict) -> list[str]:
     ]
 
 
-def _advice(result: dict) -> str:
+def _advice(result: dict[str, Any]) -> str:
     """What to change if fine-tuning took more than a point: large steps leave the optimum of the compensation."""
     *_, before, after = result["quality"].values()
     if "finetuned" not in result["quality"] or after >= before - 0.01:
@@ -82,7 +83,7 @@ def _advice(result: dict) -> str:
     return " Fine-tuning lowered the quality: choose a lower --lr, --norm-statistics frozen, or more epochs."
 
 
-def _steps(result: dict) -> str:
+def _steps(result: dict[str, Any]) -> str:
     rows = []
     plan = result["plan"]
     for number, step in enumerate(plan["steps"], 1):
@@ -97,6 +98,6 @@ def _steps(result: dict) -> str:
     return text + ("\n\nLeft whole:\n\n" + "\n".join(whole) if whole else "")
 
 
-def _versions(environment: dict) -> str:
+def _versions(environment: dict[str, Any]) -> str:
     versions = [f"{name} {value}" for name, value in environment["versions"].items() if value]
     return ", ".join([f"Python {environment['python']}", *versions])

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,7 +73,7 @@ class _Run:
     config: PruneRunConfig
     network: Network
     images: Images
-    batches: list
+    batches: list[Any]
     device: torch.device
     plan: Plan | None = None
     planned: float = 0.0
@@ -238,7 +239,7 @@ class _Run:
     def _trainer(self) -> Trainer:
         return Trainer(self.images, self.objective, self.store, self.device, self.config.checkpoint_every)
 
-    def _record(self, phase: str, model: nn.Module, extra: dict | None = None) -> None:
+    def _record(self, phase: str, model: nn.Module, extra: dict[str, Any] | None = None) -> None:
         quality = self.objective.evaluate(model.to(self.device), self.images.validation(), self.device)
         print(f"{phase}: {self.objective.metric} {100 * quality:.2f} %", file=sys.stderr)
         self.store.record(phase, {"quality": quality} | (extra or {}))
@@ -250,7 +251,7 @@ class _Run:
         """Read the network back: an undisturbed run and a resumed one go on from the very same file."""
         return load_pruned(self.store.progress / phase, device=self.device)
 
-    def _read_plan(self) -> dict:
+    def _read_plan(self) -> dict[str, Any]:
         return json.loads((self.store.progress / "plan.json").read_text())
 
     def _aim(self) -> str:
@@ -273,7 +274,7 @@ class _Run:
         return f'from ippro_tp import load_pruned\n\nmodel = load_pruned("{self.config.out}")'
 
 
-def _count(batches: list) -> int:
+def _count(batches: list[Any]) -> int:
     return sum(len(images) for images, _ in batches)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from .config import PruneRunConfig
 from .errors import UsageError
@@ -35,7 +36,7 @@ def expand(arguments: list[str]) -> list[str]:
                           for word in _words(key, value))]  # fmt: skip
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> dict[str, Any]:
     """Return the flags of a file by field name; ``layer_ratios`` may be a mapping from pattern to ratio."""
     try:
         import yaml

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Store:
         UsageError: The folder belongs to another configuration, or to something else, or cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: dict, command: dict) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], command: dict[str, Any]) -> None:
         self.folder, self.identity = folder, json.loads(json.dumps(identity))
         check_folder(folder, self.identity)
         try:
@@ -45,17 +46,17 @@ class Store:
         """Folder of what a killed run needs to go on."""
         return self.folder / PROGRESS
 
-    def result(self, phase: str) -> dict | None:
+    def result(self, phase: str) -> dict[str, Any] | None:
         """Return what :meth:`record` was given for ``phase``, or None."""
         path = self.progress / f"{phase}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def record(self, phase: str, result: dict) -> dict:
+    def record(self, phase: str, result: dict[str, Any]) -> dict[str, Any]:
         """Keep ``result``: ``phase`` is done."""
         write_json(self.progress / f"{phase}.json", result)
         return result
 
-    def save_checkpoint(self, phase: str, state: dict) -> None:
+    def save_checkpoint(self, phase: str, state: dict[str, Any]) -> None:
         """Write ``state`` (tensors and plain values) as the newest checkpoint of ``phase``."""
         path = self.progress / f"{phase}.pt"
         partial = path.with_suffix(".tmp")
@@ -65,7 +66,7 @@ class Store:
             os.fsync(file.fileno())
         partial.replace(path)
 
-    def load_checkpoint(self, phase: str) -> dict | None:
+    def load_checkpoint(self, phase: str) -> dict[str, Any] | None:
         """Return the newest checkpoint of ``phase``, read without pickled code, or None."""
         path = self.progress / f"{phase}.pt"
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
@@ -81,7 +82,7 @@ class Store:
                 shutil.rmtree(folder)
 
 
-def check_folder(folder: Path, identity: dict) -> None:
+def check_folder(folder: Path, identity: dict[str, Any]) -> None:
     """Raise UsageError if ``folder`` is used by anything but a run of this identity."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; name a folder")

@@ -6,9 +6,10 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Images
@@ -44,7 +45,7 @@ class Trainer:
         phase: str,
         frozen: tuple[str, ...] = (),
         teacher: nn.Module | None = None,
-    ) -> dict:
+    ) -> dict[str, Any]:
         """Train ``model`` in place, from the newest checkpoint of ``phase`` if there is one.
 
         Args:
@@ -60,8 +61,8 @@ class Trainer:
         optimizer = make_optimizer(model, recipe, frozen)
         scheduler = make_scheduler(optimizer, recipe, self.images.steps_per_epoch)
         dtype, scaler = precision(recipe, self.device)
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        position: dict = {"epoch": 0, "step": 0, "sum": 0.0, "loss": [], "seconds": 0.0}
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        position: dict[str, Any] = {"epoch": 0, "step": 0, "sum": 0.0, "loss": [], "seconds": 0.0}
         saved = self.store.load_checkpoint(phase)
         if saved is not None:
             for name, part in parts.items():
@@ -107,7 +108,16 @@ class Trainer:
         model.eval()
         return {"loss": position["loss"], "seconds": round(position["seconds"], 2)}
 
-    def _step(self, model, images, targets, optimizer, scaler, dtype, teacher) -> float:
+    def _step(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        dtype: torch.dtype | None,
+        teacher: nn.Module | None,
+    ) -> float:
         images, targets = (x.to(self.device, non_blocking=True) for x in (images, targets))
         autocast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
         optimizer.zero_grad(set_to_none=True)

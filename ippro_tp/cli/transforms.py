@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +22,19 @@ from .listing import Listing, open_image
 class Labelled:
     """A transform of the image that leaves its class alone."""
 
-    transform: Callable
+    transform: Callable[..., Any]
 
     def __call__(self, image: Image.Image, target: int) -> tuple[Tensor, int]:
         """Return the tensor and the class."""
         return self.transform(image), target
 
 
-def evaluation(data: dict) -> Callable:
+def evaluation(data: dict[str, Any]) -> Callable[..., Any]:
     """Return timm's evaluation transform."""
     return create_transform(**data, is_training=False)
 
 
-def augmentation(config: PruneRunConfig, data: dict) -> Callable:
+def augmentation(config: PruneRunConfig, data: dict[str, Any]) -> Callable[..., Any]:
     """Return the training transform of ``--augmentation``."""
     kind = config.augmentation
     if kind == "auto":
@@ -64,7 +65,7 @@ def mask_size(config: PruneRunConfig, listing: Listing) -> tuple[int, int]:
 class SegmentationTransform:
     """An image and its mask, resized (or cropped at random and mirrored) alike."""
 
-    def __init__(self, data: dict, size: tuple[int, int], augment: bool = False) -> None:
+    def __init__(self, data: dict[str, Any], size: tuple[int, int], augment: bool = False) -> None:
         ratio = size[1] / size[0]
         crop = v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.9 * ratio, 1.1 * ratio))
         geometry = [crop, v2.RandomHorizontalFlip()] if augment else [v2.Resize(size)]

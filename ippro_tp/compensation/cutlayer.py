@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,16 +142,6 @@ class CutLayer:
         matrix = matrix.unflatten(1, (shape[2:].numel(), -1))  # (groups, taps, inputs, outputs)
         matrix = matrix.permute(0, 2, 3, 1) if self._transposed else matrix.permute(0, 3, 2, 1)
         return matrix.reshape(shape)
-
-
-def norm_after(graph: Any, module: nn.Module) -> _BatchNorm | None:
-    """The BatchNorm that is the only reader of ``module``'s output and reads nothing else."""
-    node = graph.module2node.get(module)
-    if node is None or len(node.outputs) != 1:
-        return None
-    after = node.outputs[0]
-    found = after.module
-    return found if isinstance(found, _BatchNorm) and len(after.inputs) == 1 else None
 
 
 def memory_of(tensor: Tensor) -> int:

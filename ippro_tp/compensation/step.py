@@ -14,9 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ObservationError
 from ..graph.attention import update_attention
+from ..graph.following import norm_after
 from ..graph.groups import Graph, graph_of
 from .attention import Projections, can_be_taken_apart, taken_apart
-from .cutlayer import CutLayer, norm_after
+from .cutlayer import CutLayer
 from .inputs import KeptInputs
 from .refitting import LayerReport, Refit
 from .rollback import undone_on_error

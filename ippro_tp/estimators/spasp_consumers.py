@@ -38,15 +38,15 @@ class Consumer:
     shift: Tensor
 
     @classmethod
-    def of(cls, module: nn.Module, graph: Any, device: torch.device) -> Consumer:
-        """Read ``module`` of a dependency graph; arithmetic will run on ``device``."""
-        width = graph.get_out_channels(module)
-        norm = _following_norm(module, graph)
-        if norm is None:
+    def of(cls, module: nn.Module, norm: _BatchNorm | None, width: int, device: torch.device) -> Consumer:
+        """Read a layer of ``width`` outputs and the BatchNorm that follows it; arithmetic will run on ``device``.
+
+        A BatchNorm without running statistics normalises by the batch and is no part of the map.
+        """
+        if norm is None or norm.running_var is None:
             one = torch.ones(width, dtype=torch.float64, device=device)
             return cls(module, one, torch.zeros_like(one))
         assert norm.running_mean is not None
-        assert norm.running_var is not None
         mean, variance = (v.detach().to(device, torch.float64) for v in (norm.running_mean, norm.running_var))
         gain = (variance + norm.eps).rsqrt()
         if norm.affine:
@@ -192,14 +192,6 @@ class Consumer:
             return output
 
         return linear, zero[0] * spread + self.shift.view_as(spread)
-
-
-def _following_norm(module: nn.Module, graph: Any) -> _BatchNorm | None:
-    """The BatchNorm that alone reads the output of ``module``, unless it normalises by the batch."""
-    node = graph.module2node.get(module)
-    after = node.outputs if node is not None else []
-    norm = after[0].module if len(after) == 1 else None
-    return norm if isinstance(norm, _BatchNorm) and norm.running_var is not None else None
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch_pruning as tp
@@ -19,11 +19,12 @@ from ..estimators import spasp_ranking as ranking
 from ..estimators.spasp_consumers import Consumer, Summed, gram
 from ..estimators.spasp_math import Response
 from ..estimators.sums import Sums
+from ..graph.following import norm_after
 from ..graph.units import Ties, ties_of
 from ..records import GroupRecord, Layer
 from .binding import Bound
 
-SIGNED = ("sum", "abs", "gated")
+Signed = Literal["sum", "abs", "gated"]
 
 
 class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignore[misc]
@@ -71,12 +72,12 @@ class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ign
 
     needs_gradients = False
 
-    def __init__(self, iterations: int = 20, bias: bool = True, signed: str = "sum") -> None:
+    def __init__(self, iterations: int = 20, *, bias: bool = True, signed: Signed = "sum") -> None:
         super().__init__()
         if not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"iterations={iterations!r}; it must be a positive integer")
-        if signed not in SIGNED:
-            raise ValueError(f"signed={signed!r}; choose one of {', '.join(map(repr, SIGNED))}")
+        if signed not in get_args(Signed):
+            raise ValueError(f"signed={signed!r}; choose one of {', '.join(map(repr, get_args(Signed)))}")
         self.iterations, self.bias, self.signed = iterations, bool(bias), signed
 
     # -- calibration -------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ign
                 continue
             self._check_consumer(layer, module, graph, inputs)
             response = Response.zero(ties.units, device) if response is None else response
-            consumer = Consumer.of(module, graph, device)
+            consumer = Consumer.of(module, norm_after(graph, module), graph.get_out_channels(module), device)
             index, root = layer.index.to(device), layer.root.to(device)
             unit = ties.unit.to(device)[root]
             if self.signed == "gated":

@@ -221,7 +221,7 @@ def prune_layers(
     copied.zero_grad()
     return PruneResult(
         copied, after.macs / before.macs, after.params / before.params, time, before, after, tuple(records), scope,
-        type(importance).__name__, seed, report,
+        type(importance).__name__, seed, report, example_inputs if forward_fn is None else None,
     )  # fmt: skip
 
 

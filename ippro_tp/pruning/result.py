@@ -30,6 +30,7 @@ class PruneResult:
         steps: what each step did to each group and layer.
         scope, importance, seed: as they were given.
         recovered: what the recovery did; ``None`` without.
+        example_inputs: as given, where the model is called with them as it stands; :meth:`save` checks with them.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class PruneResult:
     importance: str = "PROImportance"
     seed: int = 0
     recovered: RecoveryReport | None = None
+    example_inputs: Any = field(default=None, repr=False)
 
     @property
     def predicted_latency(self) -> float | None:
@@ -82,6 +84,8 @@ class PruneResult:
         directory: str | os.PathLike[str],
         source: Mapping[str, Any] | None = None,
         builder: Callable[[], nn.Module] | None = None,
+        *,
+        example_inputs: Any = None,
     ) -> Path:
         """Write the model to ``directory``, from where :func:`ippro_tp.load_pruned` brings it back bit for bit.
 
@@ -90,11 +94,14 @@ class PruneResult:
             source: see :func:`ippro_tp.save_pruned`; without one, and without a ``builder``, all classes of the
                 model have to be importable in the process that loads it.
             builder: see :func:`ippro_tp.save_pruned`.
+            example_inputs: the model that was saved is loaded again and run on them beside this one; by default
+                those that were given to :func:`~ippro_tp.prune`.
 
         Returns:
             ``directory``.
         """
-        return save_pruned(self.model, directory, source=source, builder=builder)
+        example = self.example_inputs if example_inputs is None else example_inputs
+        return save_pruned(self.model, directory, source, builder, example_inputs=example)
 
     # -- shown -------------------------------------------------------------------------------------------------
 
