@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,88 +16,17 @@ from torch import Tensor, nn
 from ..calibration.batches import batches_of
 from ..calibration.guard import evaluating
 from ..compensation.step import Compensation, CompensationReport
-from ..errors import IPPROError, StructureError, TargetError
+from ..errors import StructureError, TargetError
 from ..layers import forget_caches
 from .aiming import WITHIN, LatencyAim
 from .cut import Cut, Step
-from .latency import LatencyTable
-from .measure import Meter, Unit
+from .measure import Meter
 from .order import Ranked, RemovalOrder
 from .scoring import Scorer
 from .search import Found, Sizes, find, tolerance
-from .structure import Forward, Prunable, Structure, Transform, forward, read_structure, tensors_in
-
-Scope = Literal["global", "local"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the loop prunes; see :func:`ippro_tp.prune`.
-
-    Attributes:
-        layer_ratios: fraction of channels that goes, by regular expression: the first that is found in the name of
-            a layer of a group decides for the group, whatever the target.
-        table: predicts latencies, where they are the target.
-        stairs: widths of groups that have room for it are multiples of this, where ``round_to`` says nothing.
-    """
-
-    unit: Unit
-    target: float
-    scope: Scope
-    steps: int
-    round_to: int
-    max_pruning_ratio: float
-    ignored: tuple[str, ...]
-    example_inputs: Any
-    forward_fn: Forward | None
-    output_transform: Transform | None
-    progress: bool
-    layer_ratios: Mapping[str, float] = field(default_factory=dict)
-    table: LatencyTable | None = None
-    stairs: int = 0
-
-
-@dataclass(frozen=True)
-class GroupChange:
-    """What a step did to one group.
-
-    Attributes:
-        key: root layer and side.
-        layers: names of the layers whose output channels it holds.
-        before, after: channels of the group.
-        units: how many of them could go one by one.
-        scores: one per unit; empty where there are none.
-        removed: units that went.
-        reason: why it was left whole; empty where it was not.
-    """
-
-    key: str
-    layers: tuple[str, ...]
-    before: int
-    after: int
-    units: int
-    scores: tuple[float, ...] = ()
-    removed: tuple[int, ...] = ()
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step: all groups, what was refitted, and the size it led to as a fraction of the unpruned model.
-
-    Attributes:
-        groups: in the order of the model's modules, those that are left whole too.
-        refitted: what the compensation did; ``None`` without.
-        left: in the unit of the target.
-        tries: sizes that were measured, or predicted, to find the cut.
-        predicted: latency that the table predicts, as a fraction; ``None`` where another target was given.
-    """
-
-    groups: tuple[GroupChange, ...]
-    refitted: CompensationReport | None
-    left: float
-    tries: int
-    predicted: float | None = None
+from .sizing import cut_copy, cut_sizes, explained, mask_of
+from .steps import GroupChange, Options, StepRecord
+from .structure import Prunable, Structure, forward, read_structure, tensors_in
 
 
 @dataclass
@@ -125,7 +54,7 @@ class Loop:
     _sampled: bool = False
 
     def __post_init__(self) -> None:
-        with _explained("the model does not run on the example inputs"):
+        with explained("the model does not run on the example inputs"):
             self._shapes = self._output_shapes()
         self._meter = Meter(self.options.example_inputs, self.options.forward_fn)
         self.whole = self._meter.counts(self.model)
@@ -142,7 +71,7 @@ class Loop:
             StructureError: the model cannot be traced, or does not run once it is cut.
         """
         records = [self._step(number) for number in range(1, self.options.steps + 1)]
-        with _explained("the model does not run once it is cut"):
+        with explained("the model does not run once it is cut"):
             shapes = self._output_shapes()
         if shapes != self._shapes:
             raise StructureError(
@@ -162,7 +91,7 @@ class Loop:
             raise TargetError(f"no group of channels has a score: {_listed(unscored)}", 1.0)
         ranked = [self._ranked(structure.groups[key], values) for key, values in scores.items()]
         found, predicted = self._search(ranked, structure, number)
-        masks = {r.key: _mask(structure.groups[r.key], r.order[: found.gone[r.key]]) for r in ranked}
+        masks = {r.key: mask_of(structure.groups[r.key], r.order[: found.gone[r.key]]) for r in ranked}
         refitted = self._cut(structure, masks)
         groups = [
             _change(structure.groups[r.key], scores[r.key], r.order[: found.gone[r.key]], masks[r.key])
@@ -221,7 +150,7 @@ class Loop:
                 found = search(wanted)
                 predicted = None if self._aim is None else found.left
             else:
-                found, predicted = self._aim.find(search, lambda gone: self._cut_copy(structure, gone), wanted)
+                found, predicted = self._aim.find(search, lambda gone: cut_copy(structure, gone), wanted)
                 margin = WITHIN * wanted
         if abs(found.left - wanted) <= margin or (options.unit == "ratio" and fixed):
             return found, predicted
@@ -254,6 +183,14 @@ class Loop:
             raise ValueError(f"layer_ratios: no layer that can be pruned matches {min(unused)!r}")
         return fixed
 
+    def _measured(self, structure: Structure, ranked: Sequence[Ranked]) -> Sizes:
+        """What is left where units of groups are gone: predicted, for latencies."""
+        if self._aim is not None:
+            return self._aim.predicted(self.model)
+        if self.options.unit == "ratio":
+            return self._channels(structure, ranked)
+        return cut_sizes(structure, self._meter, self.whole, self.options.unit)
+
     def _channels(self, structure: Structure, groups: Sequence[Ranked]) -> Sizes:
         """The fraction of channels that is left, of those that could go at the first step."""
         per_unit = {key: p.record.width / p.units for key, p in structure.groups.items()}
@@ -265,32 +202,6 @@ class Loop:
             return (now - sum(per_unit[key] * count for key, count in gone.items())) / whole
 
         return left
-
-    def _measured(self, structure: Structure, ranked: Sequence[Ranked]) -> Sizes:
-        """What is left where units of groups are gone: predicted, for latencies."""
-        if self._aim is not None:
-            return self._aim.predicted(self.model)
-        if self.options.unit == "ratio":
-            return self._channels(structure, ranked)
-        return lambda gone: self._left(self._cut_copy(structure, gone))
-
-    def _cut_copy(self, structure: Structure, gone: Mapping[str, int]) -> nn.Module:
-        """A copy of the model without so many units of each group; any will do, for sizes."""
-        if not any(gone.values()):
-            return self.model
-        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}  # those cut are made anew
-        model = copy.deepcopy(self.model, shared)
-        masks = {key: _mask(structure.groups[key], torch.arange(n)) for key, n in gone.items() if n}
-        with _explained("the model does not run once it is cut"):
-            Cut(structure, masks).apply(model)
-        return model
-
-    def _left(self, model: nn.Module) -> float:
-        """Size of ``model`` in the unit of the target, as a fraction of the unpruned one's."""
-        with _explained("the model does not run once it is cut"):
-            if self.options.unit == "params":
-                return sum(p.numel() for p in model.parameters()) / self.whole.params
-            return self._meter.counts(model).macs / self.whole.macs
 
     @contextmanager
     def _shown(self, sizes: Sizes, wanted: float) -> Iterator[Sizes]:
@@ -352,13 +263,6 @@ def _outputs(module: nn.Module) -> int:
     return 0
 
 
-def _mask(prunable: Prunable, units: Tensor) -> Tensor:
-    """Which positions of a group go, where some of its units do."""
-    gone = torch.zeros(prunable.units, dtype=torch.bool)
-    gone[units] = True
-    return gone[prunable.unit]
-
-
 def _multiple(prunable: Prunable, round_to: int) -> int:
     """So many units, or a multiple, have to stay for all layers' widths to be multiples of ``round_to``."""
     if not round_to:
@@ -385,13 +289,3 @@ def _listed(reasons: Mapping[str, str]) -> str:
     shown = [f"{key} ({reason})" for key, reason in list(reasons.items())[:5]]
     more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
     return ", ".join(shown) + more if shown else "it has none"
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (IPPROError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise StructureError(f"{what}: {type(error).__name__}: {error}") from error

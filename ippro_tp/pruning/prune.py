@@ -16,13 +16,15 @@ from ..compensation.recovery import Recovery
 from ..compensation.step import Compensation
 from ..errors import StructureError
 from ..importance.pro import PROImportance
+from .arguments import check, names_of, one_target
 from .latency import LatencyTable
-from .loop import Loop, Options, Scope
+from .loop import Loop
 from .measure import Meter, Unit
 from .pricing import Pricing
 from .recovering import recovered
 from .result import PruneResult
 from .scoring import Importance, LossFn, Scorer
+from .steps import Options, Scope
 from .structure import Forward, Transform
 
 
@@ -179,10 +181,10 @@ def prune_layers(
         pricing: of scores, for importances that do not know costs.
         latency_table: as there.
     """
-    unit, target = _target(targets)
-    _check(scope, steps, round_to, max_pruning_ratio, unit, target)
+    unit, target = one_target(targets)
+    check(scope, steps, round_to, max_pruning_ratio, unit, target)
     _, given = resolve(model)
-    ignored = _names(given, ignored_layers or ())
+    ignored = names_of(given, ignored_layers or ())
     try:
         copied = copy.deepcopy(given)
     except Exception as error:
@@ -223,46 +225,6 @@ def prune_layers(
         copied, after.macs / before.macs, after.params / before.params, time, before, after, tuple(records), scope,
         type(importance).__name__, seed, report, example_inputs if forward_fn is None else None,
     )  # fmt: skip
-
-
-def _target(targets: Mapping[str, float | None]) -> tuple[Unit, float]:
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"give exactly one target of {', '.join(targets)}; got {', '.join(given) or 'none'}")
-    ((unit, value),) = given.items()
-    if not 0 < value < 1:
-        raise ValueError(f"{unit}={value!r}; give a fraction between 0 and 1")
-    return unit, value  # type: ignore[return-value]
-
-
-def _check(
-    scope: str, steps: int, round_to: int | None, max_pruning_ratio: float, unit: Unit, target: float
-) -> None:
-    if scope not in ("global", "local"):
-        raise ValueError(f"scope={scope!r}; choose 'global' or 'local'")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r}; give a positive integer")
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 0):
-        raise ValueError(f"round_to={round_to!r}; give a positive integer or None")
-    if not 0 < max_pruning_ratio <= 1:
-        raise ValueError(f"max_pruning_ratio={max_pruning_ratio!r}; give a fraction above 0, 1 at most")
-    if unit == "ratio" and target > max_pruning_ratio:
-        raise ValueError(f"ratio={target:g} is above max_pruning_ratio={max_pruning_ratio:g}")
-
-
-def _names(model: nn.Module, layers: Sequence[nn.Module | str]) -> tuple[str, ...]:
-    """Names of the given modules of ``model``."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = []
-    for layer in layers:
-        if isinstance(layer, str):
-            model.get_submodule(layer)
-            found.append(layer)
-        elif id(layer) in names:
-            found.append(names[id(layer)])
-        else:
-            raise ValueError(f"ignored_layers: {type(layer).__name__} is no module of the model")
-    return tuple(found)
 
 
 def _default(seed: int, scope: Scope, unit: Unit, table: LatencyTable | None) -> PROImportance:

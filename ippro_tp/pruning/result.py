@@ -13,8 +13,8 @@ from torch import nn
 
 from ..compensation.recovery import RecoveryReport
 from .counter import Counts
-from .loop import GroupChange, StepRecord
 from .saving import save_pruned
+from .steps import GroupChange, StepRecord
 
 
 @dataclass(frozen=True, eq=False)
