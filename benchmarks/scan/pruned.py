@@ -61,8 +61,6 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
         verdicts = prove(graphs[0])
         result["prove_seconds"] = round(time.monotonic() - start, 2)
         result["verdicts"] = {key: [verdict.status, verdict.reason] for key, verdict in verdicts.items()}
-    with record.stage("torch-pruning") as result:
-        result["groups"] = torch_pruning_groups(subject)
     if not record.passed("graph"):
         return
     refitted: list[PruneResult] = []
@@ -84,6 +82,8 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
     if found_random:
         with record.stage("same 0.5") as result:
             compare(subject, graphs[0], found_random[0], found_random[0].model, result)
+    with record.stage("torch-pruning") as result:  # last: it may never end
+        result["groups"] = torch_pruning_groups(subject)
 
 
 def _cut(graph: RepairedGraph, subject: Subject, pruned: PruneResult) -> nn.Module:
