@@ -522,6 +522,29 @@ def test_chunks_that_torch_pruning_maps_wrongly(images):
     assert result.model(images).shape == (16, 5)
 
 
+def test_units_that_differ_in_size_meet_the_target(images):
+    """As in MambaOut: some units pass through a convolution, and go first."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = (32, 20, 12)
+            self.a, self.b = nn.Conv2d(3, 64, 1), nn.Conv2d(12, 12, 5, padding=2, groups=12)
+            self.c, self.f = nn.Conv2d(32, 8, 1), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, one, other = self.a(x).split(self.parts, 1)
+            return self.f(torch.relu(self.c(gate * torch.cat((one, self.b(other)), 1))).mean((2, 3)))
+
+    class LastFirst(tp.importance.Importance):
+        def __call__(self, group) -> Tensor:
+            return torch.arange(float(len(group[0].idxs)), 0, -1)
+
+    result = go(Gated(), [images], macs=0.7, importance=LastFirst(), compensation=False)
+    assert "a.out" not in result.left_whole
+    assert result.macs == pytest.approx(0.7, abs=0.01)
+
+
 def test_what_a_forward_pass_caches_is_no_hindrance(images):
     model = timm.create_model("levit_128s", num_classes=3).eval()
     x = torch.randn(2, 3, 224, 224)

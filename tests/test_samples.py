@@ -171,6 +171,33 @@ class Rolled(nn.Module):
         return self.f(F.relu(self.d(F.relu(x))).mean((2, 3)))
 
 
+class Closed(nn.Module):
+    """Hardly anything comes through, as in a net that is not trained: what follows is the same for all samples."""
+
+    def __init__(self, time_first):
+        super().__init__()
+        self.c, self.d, self.e, self.f = nn.Conv2d(3, 6, 1), nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 4)
+        self.time_first = time_first
+
+    def forward(self, x):
+        x = torch.sigmoid(self.c(x) - 40).flatten(2)
+        x = self.d(x.permute(2, 0, 1) if self.time_first else x.transpose(1, 2))
+        return self.f(F.gelu(self.e(1e-5 * F.gelu(x))).mean(0 if self.time_first else 1))
+
+
+class Merged(nn.Module):
+    """Samples and channels share an axis for a while: of one sample, it looks like channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.d, self.b, self.f = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        y = self.c(x)
+        y = y.reshape(-1, *y.shape[2:]).unsqueeze(1).mul(2).reshape(y.shape)
+        return self.f(F.relu(self.b(self.d(y))).amax((2, 3)))
+
+
 @dataclass
 class Case:
     """A model, its batch, and the batch cut into single samples."""
@@ -215,6 +242,9 @@ CASES = {
         [{"views": {"a": x[None], "b": [x[None].flip(3)]}, "scale": 2.0} for x in IMAGES],
     ),
     "noise": Case(Noisy, *tensors(IMAGES)),
+    "closed": Case(lambda: Closed(False), *tensors(IMAGES)),
+    "closed, positions first": Case(lambda: Closed(True), *tensors(IMAGES)),
+    "merged": Case(Merged, *tensors(IMAGES)),
     "rolled": Case(Rolled, *tensors(IMAGES)),
 }
 

@@ -173,12 +173,32 @@ def parameters(model: nn.Module) -> int:
 
 
 def macs(model: nn.Module, inputs: Any) -> int:
-    """Multiply-accumulates of one sample, by torch's counter, which does not see into fused attention."""
+    """Multiply-accumulates of one sample, by torch's counter and by hand where it sees nothing.
+
+    It does not see into fused attention and recurrent layers, and leaves products with vectors out.
+    """
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter fails at some views of parameters
+    recurrent = {name: m for name, m in model.named_modules() if isinstance(m, nn.RNNBase)}
+    by_hand: list[int] = []
+
+    def multiply(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        rows = getattr(args[0], "data", args[0])  # of packed sequences as well
+        matrices = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+        by_hand.append(matrices * rows.shape[:-1].numel())
+
+    handles = [module.register_forward_hook(multiply) for module in recurrent.values()]
+    vectors = {torch.ops.aten.mv: lambda matrix, *_, **__: 2 * matrix.numel()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call(copy.deepcopy(model).requires_grad_(False), picked(inputs, 0, 1))
+        counter = FlopCounterMode(display=False, custom_mapping=vectors)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            call(model, picked(inputs, 0, 1))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return int(counter.get_total_flops()) // 2
+        for handle in handles:
+            handle.remove()
+    flops = counter.get_flop_counts()
+    root = type(model).__name__
+    inside = sum(sum(flops.get(f"{root}.{name}", {}).values()) for name in recurrent)
+    return int(counter.get_total_flops() - inside) // 2 + sum(by_hand)

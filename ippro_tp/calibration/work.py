@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..records import Work
 from ..tracing.flops import MacCounter, counting
-from ..tracing.probe import untouched
+from ..tracing.rewinding import untouched
 from .guard import preserved
 
 

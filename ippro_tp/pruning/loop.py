@@ -125,7 +125,7 @@ class Loop:
         least = max(math.ceil((1 - self.options.max_pruning_ratio) * self._units[key] - 1e-9), 1)
         stairs = self.options.stairs if prunable.units >= 4 * self.options.stairs else 0
         multiple = _multiple(prunable, self.options.round_to or stairs)
-        return Ranked.of(key, scores, min(least, prunable.units), multiple)
+        return Ranked.of(key, scores, min(least, prunable.units), multiple, prunable.indispensable(scores))
 
     # -- the search --------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Loop:
                 found = search(wanted)
                 predicted = None if self._aim is None else found.left
             else:
-                found, predicted = self._aim.find(search, lambda gone: cut_copy(structure, gone), wanted)
+                found, predicted = self._aim.find(search, lambda gone: cut_copy(structure, ranked, gone), wanted)
                 margin = WITHIN * wanted
         if abs(found.left - wanted) <= margin or (options.unit == "ratio" and fixed):
             return found, predicted
@@ -189,7 +189,7 @@ class Loop:
             return self._aim.predicted(self.model)
         if self.options.unit == "ratio":
             return self._channels(structure, ranked)
-        return cut_sizes(structure, self._meter, self.whole, self.options.unit)
+        return cut_sizes(structure, ranked, self._meter, self.whole, self.options.unit)
 
     def _channels(self, structure: Structure, groups: Sequence[Ranked]) -> Sizes:
         """The fraction of channels that is left, of those that could go at the first step."""

@@ -19,7 +19,7 @@ class Ranked:
     Attributes:
         key: of the group.
         order: ``(units,)`` int64, its units, those that go first at the front.
-        scores: ``(units,)`` float64 of the units in that order, ascending.
+        scores: ``(units,)`` float64 of the units in that order, ascending but for those that have to stay.
         least: units that have to stay.
         multiple: units that stay are a multiple of this, unless all do.
     """
@@ -47,10 +47,24 @@ class Ranked:
         return self.units - kept
 
     @classmethod
-    def of(cls, key: str, scores: Tensor, least: int, multiple: int = 1) -> Ranked:
-        """Rank the units of a group by their ``scores``; equal ones in their own order."""
+    def of(
+        cls, key: str, scores: Tensor, least: int, multiple: int = 1, indispensable: Tensor | None = None
+    ) -> Ranked:
+        """Rank the units of a group by their ``scores``; equal ones in their own order.
+
+        Args:
+            key: of the group.
+            scores: ``(units,)``.
+            least: units that have to stay, whichever.
+            multiple: see above.
+            indispensable: numbers of units that have to stay.
+        """
         values = scores.detach().double().cpu()
         order = values.argsort(stable=True)
+        if indispensable is not None and len(indispensable):
+            stays = torch.isin(order, indispensable)
+            order = torch.cat((order[~stays], order[stays]))
+            least = max(least, len(indispensable))
         return cls(key, order, values[order], least, multiple)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import IPPROError, StructureError
 from .counter import Counts
 from .cut import Cut
 from .measure import Meter, Unit
+from .order import Ranked
 from .search import Sizes
 from .structure import Prunable, Structure
 
@@ -24,31 +25,32 @@ def mask_of(prunable: Prunable, units: Tensor) -> Tensor:
     return gone[prunable.unit]
 
 
-def cut_copy(structure: Structure, gone: Mapping[str, int]) -> nn.Module:
-    """A copy of the structure's model without so many units of each group; any will do, for sizes."""
+def cut_copy(structure: Structure, ranked: Iterable[Ranked], gone: Mapping[str, int]) -> nn.Module:
+    """A copy of the structure's model without so many units of each group: those that go, as sizes may differ."""
     model = structure.model
     if not any(gone.values()):
         return model
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}  # those that are cut are made anew
     made = copy.deepcopy(model, shared)
-    masks = {key: mask_of(structure.groups[key], torch.arange(n)) for key, n in gone.items() if n}
+    masks = {r.key: mask_of(structure.groups[r.key], r.order[: gone[r.key]]) for r in ranked if gone[r.key]}
     with explained("the model does not run once it is cut"):
         Cut(structure, masks).apply(made)
     return made
 
 
-def cut_sizes(structure: Structure, meter: Meter, whole: Counts, unit: Unit) -> Sizes:
+def cut_sizes(structure: Structure, ranked: Iterable[Ranked], meter: Meter, whole: Counts, unit: Unit) -> Sizes:
     """Fractions of the unpruned model, in ``unit``, that are left where units of groups are gone.
 
     Args:
         structure: of the model.
+        ranked: its groups, in the order in which their units go.
         meter: counts MACs.
         whole: size of the unpruned model.
         unit: ``"macs"`` or ``"params"``.
     """
 
     def left(gone: Mapping[str, int]) -> float:
-        model = cut_copy(structure, gone)
+        model = cut_copy(structure, ranked, gone)
         with explained("the model does not run once it is cut"):
             if unit == "params":
                 return sum(p.numel() for p in model.parameters()) / whole.params

@@ -41,6 +41,20 @@ class Prunable:
     units: int
     note: str = ""
 
+    def indispensable(self, scores: Tensor) -> Tensor:
+        """Units that have to stay, so that no layer is emptied: the best of each that only some pass through.
+
+        Args:
+            scores: ``(units,)``.
+        """
+        record = self.record
+        found = set()
+        for layer in (*record.producers, *record.consumers, *record.others):
+            units = self.unit[layer.root].unique()
+            if len(units) < self.units and len(layer.index.unique()) == layer.channels:
+                found.add(int(units[scores[units].argmax()]))
+        return torch.tensor(sorted(found), dtype=torch.long)
+
 
 @dataclass(frozen=True, eq=False)
 class Structure:

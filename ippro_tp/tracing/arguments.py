@@ -59,6 +59,10 @@ class Arrangement:
         """The call with the first ``samples`` samples only."""
         return self._changed(lambda x: x[:samples], lambda values: values[:samples])
 
+    def doubled(self) -> Call:
+        """The call with each sample twice."""
+        return self._changed(lambda x: torch.cat((x, x)), lambda values: _like(values, [*values, *values]))
+
     def replaced(self, samples: int, sample: int) -> Call:
         """:meth:`first`, with another sample in the place of one.
 

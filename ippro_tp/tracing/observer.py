@@ -22,9 +22,10 @@ from ..records import Pass, Site
 from .extension import require_grad
 from .flow import ChannelFlow
 from .forward import Forward
-from .passes import difference, samples_of_call
+from .passes import common, difference, samples_of_call
 from .plan import Plan
-from .probe import Layouts, Recording
+from .probe import Layouts
+from .recording import Recording
 from .taps import Recorder, Taps
 
 Names = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Iterable[str], Iterable[str]]]
@@ -164,6 +165,8 @@ class Observer(TorchFunctionMode):
         if self.mixed:
             current.batch = 1
         if self.passes == 0:
+            if self._layouts.reads is not None:
+                current.read_layers = common(current.read_layers, self._layouts.reads)
             self.sites, self.norm_of = tuple(current.sites), dict(current.norm_of)
             producers, readers = self._find_unneeded(current)
             # A norm or an activation stands for producers without a tap, in each pass.
@@ -192,12 +195,12 @@ class Observer(TorchFunctionMode):
         return self._now.call(func, args, kwargs or {})
 
     @contextmanager
-    def _recording(self, recording: Recording, samples: int) -> Iterator[None]:
+    def _recording(self, recording: Recording, samples: int) -> Iterator[Pass]:
         """Calls of the model inside note in ``recording`` what would be tapped."""
         current = Pass(samples)
         self._now = Forward(current, self._plan, Recorder(recording), ChannelFlow(self._plan.trials), False)
         try:
-            yield
+            yield current
         finally:
             self._now = None
 

@@ -57,6 +57,11 @@ def samples_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return batch
 
 
+def common(one: Mapping[str, tuple[str, ...]], other: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The layers whose channels each reader reads in one pass and in another."""
+    return {reader: tuple(n for n in names if n in other.get(reader, ())) for reader, names in one.items()}
+
+
 def difference(first: tuple[Site, ...], now: tuple[Site, ...]) -> str:
     """How the activations of two forward passes differ, in words."""
     names = [site.name for site in first], [site.name for site in now]

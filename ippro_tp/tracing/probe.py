@@ -1,60 +1,32 @@
 """Measuring which rows of every tapped tensor belong to which sample, by running a model on a few samples.
 
 Two samples are run, and run again with the first replaced: the rows of a tensor that change are that sample's
-(:mod:`tracing.rows`), whatever functions the model calls. Random numbers are the same in all runs, layers without
-parts (BatchNorm, dropout) are in eval mode, and the model is left as it was. Where nothing changes (a table of
-positions, learned queries) the gradients say whose the rows are: those of all samples' outputs reach a table,
-those of one sample's its own copy.
+(:mod:`tracing.rows`), whatever functions the model calls. Where too little of it comes through (dead activations,
+closed gates), noise is added further down to the rows that are known to be that sample's. Random numbers are the
+same in all runs, layers without parts (BatchNorm, dropout) are in eval mode, and the model is left as it was.
+Where nothing changes (a table of positions, learned queries) the gradients say whose the rows are: those of all
+samples' outputs reach a table, those of one sample's its own copy.
 """
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ..records import Pass
 from .arguments import Arrangement, Call, arrangements
+from .recording import Key, Recording
+from .rewinding import untouched
 from .rows import Rows, infer, shared
 
-Key = tuple[str, str, int]
-"""Kind of tap, name of the layer or activation, how many like it came before in the forward pass."""
-
 FEW = 2
-
-
-class Recording:
-    """What one run saw: of each tapped tensor a number for each row, and the tensors if asked for.
-
-    Args:
-        keep: keys of tensors that are kept, in order to ask for their gradients.
-    """
-
-    def __init__(self, keep: frozenset[Key] = frozenset()) -> None:
-        self.marks: dict[Key, Tensor] = {}
-        self.kept: dict[Key, tuple[Tensor, int]] = {}
-        self.outputs: list[Tensor] = []
-        self._keep = keep
-        self._weights: dict[tuple[int, torch.device], Tensor] = {}
-
-    def is_table(self, key: Key) -> bool:
-        """Whether a tensor may be shared by all samples."""
-        return key in self._keep
-
-    def add(self, key: Key, x: Tensor, axis: int) -> None:
-        """Note a tensor with channels along ``axis``."""
-        if key in self._keep or (self._keep and key[0] == "tables"):
-            self.kept[key] = x, axis
-        size = (x.shape[axis], x.device)
-        if size not in self._weights:  # no two channels weigh the same: what adds up to one does not cancel
-            generator = torch.Generator().manual_seed(0)
-            self._weights[size] = (0.5 + torch.rand(size[0], generator=generator)).to(x.device)
-        with torch.no_grad():
-            self.marks[key] = _weighted(x.detach().float(), self._weights[size], axis).flatten()
+LOUD = 2.0, 1e2, 1e4
+"""Noise, in root mean squares of a tensor, that is tried one after another until it comes through what follows."""
 
 
 class Layouts:
@@ -62,23 +34,29 @@ class Layouts:
 
     Args:
         model: the model; called as the user's loop calls it.
-        record: a context that makes calls of the model note tapped tensors in a :class:`Recording`.
+        record: a context that makes calls of the model note tapped tensors in a :class:`Recording`; it gives the
+            pass.
     """
 
-    def __init__(self, model: nn.Module, record: Callable[[Recording, int], Any]) -> None:
+    def __init__(self, model: nn.Module, record: Callable[[Recording, int], AbstractContextManager[Pass]]) -> None:
         self._model, self._record = model, record
         self._known: dict[tuple[object, ...], Mapping[Key, Rows]] = {}
         self._now: Mapping[Key, Rows] = {}
-        self._same_form = True
+        self._same_form = self._first = True
         self.mixed: dict[str, str] = {}
         """Layers whose rows cannot be given to samples, and why."""
         self.samples = 1
+        self.reads: Mapping[str, tuple[str, ...]] | None = None
+        """Whose channels layers read in a pass of two samples, where the first call had but one; else ``None``."""
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure what the rows of a call will need to be known; call at the start of each forward pass."""
         found = arrangements(args, kwargs)
         self.samples = found[0].samples
         self._now, self._same_form = {}, True
+        if self._first and self.samples == 1:
+            self.reads = self._reads_of_two(found)
+        self._first = False
         if self.samples == 1 or self.mixed:
             return
         for each in found:
@@ -118,6 +96,20 @@ class Layouts:
         rows = self._now.get(key)
         return rows is not None and rows.kind == "shared" and not self.mixed
 
+    def _reads_of_two(self, found: list[Arrangement]) -> Mapping[str, tuple[str, ...]] | None:
+        """Whose channels each layer reads: of one sample, an axis of samples and channels looks like channels."""
+        with untouched(self._model) as again:
+            for each in found:
+                again()
+                args, kwargs = each.doubled()
+                try:
+                    with self._record(Recording(), 2) as current:
+                        self._model(*args, **kwargs)
+                except Exception:  # a number of samples that the model does not take
+                    continue
+                return current.read_layers
+        return None
+
     def _measure(self, found: list[Arrangement]) -> tuple[Mapping[Key, Rows], int]:
         """The rows of all tensors for the first arrangement that has none mixed, else for the likeliest."""
         first: Mapping[Key, Rows] | None = None
@@ -141,52 +133,73 @@ class Layouts:
         return first, found[0].samples
 
     def _try(self, arrangement: Arrangement, samples: int) -> dict[Key, Rows]:
+        fixed = [*self._model.parameters(), *self._model.buffers()]
         with untouched(self._model) as again:
 
-            def run(call: Call, keep: frozenset[Key] = frozenset()) -> Recording:
+            def run(call: Call, recording: Recording) -> Recording:
                 again()
-                recording = Recording(keep)
                 with self._record(recording, samples):
                     recording.outputs = list(_floating(self._model(*call[0], **call[1])))
                 return recording
 
-            base, other = run(arrangement.first(samples)), run(arrangement.replaced(samples, 0))
-            rows: dict[Key, Rows] = {}
-            unclear: set[Key] = set()
-            for key, mark in base.marks.items():
-                now = other.marks.get(key)
-                if now is None or now.shape != mark.shape:
-                    why = "the number of its rows depends on what is in them"
-                    rows[key] = Rows("mixed", count=len(mark), samples=samples, why=why)
-                    continue
-                found = infer({0: differ(mark, now)}, samples) or _weakly(mark, now, samples)
-                if found is None:
-                    unclear.add(key)
-                rows[key] = found if found is not None else shared(len(mark), samples)
+            def replaced(sample: int, shaken: Mapping[Key, Rows], loud: float) -> Recording:
+                call = arrangement.replaced(samples, sample)
+                inputs = [x for x in tree_leaves(call) if isinstance(x, Tensor)]
+                return run(call, Recording(frozenset(), shaken, sample, loud, [*fixed, *inputs]))
+
+            base = run(arrangement.first(samples), Recording())
+            last, noise = replaced(0, {}, 0), 0.0
+            rows, unclear = _compare(base, last, samples)
+            shaken: dict[Key, Rows] = {}
+            for loud in LOUD if all(one.kind != "mixed" for one in rows.values()) else ():
+                known: dict[Key, Rows] = {}
+                while unclear and known != (known := _shakeable(rows)):
+                    try:
+                        last = replaced(0, known, loud)
+                    except Exception:  # the model does not take any number
+                        break
+                    shaken, noise = known, loud
+                    found, _ = _compare(base, last, samples)
+                    rows |= {key: one for key, one in found.items() if key in unclear}
+                    unclear -= found.keys()
+            for key in unclear:
+                mark = base.marks[key]
+                rows[key] = _weakly(mark, last.marks.get(key, mark), samples) or shared(len(mark), samples)
+            unclear = {key for key in unclear if rows[key].kind == "shared"}
             if unclear:
-                last = run(arrangement.replaced(samples, 1))
-                changed = [_changes(base.outputs, each.outputs) for each in (other, last)]
-                graph = run(arrangement.first(samples), frozenset(unclear))
+                changed = [_changes(base.outputs, each.outputs) for each in (last, replaced(1, shaken, noise))]
+                graph = run(arrangement.first(samples), Recording(frozenset(unclear)))
                 tables = {k: shared(x.numel() // x.shape[a], samples) for k, (x, a) in graph.kept.items()}
                 rows |= tables | _by_gradients(graph, changed, samples)
         return rows
+
+
+def _shakeable(rows: Mapping[Key, Rows]) -> dict[Key, Rows]:
+    return {key: one for key, one in rows.items() if key[0] == "outputs" and one.kind == "samples"}
+
+
+def _compare(base: Recording, other: Recording, samples: int) -> tuple[dict[Key, Rows], set[Key]]:
+    """The rows of all tensors, of which the first sample was replaced; and those that do not change clearly."""
+    rows: dict[Key, Rows] = {}
+    unclear: set[Key] = set()
+    for key, mark in base.marks.items():
+        now = other.marks.get(key)
+        if now is None or now.shape != mark.shape:
+            why = "the number of its rows depends on what is in them"
+            rows[key] = Rows("mixed", count=len(mark), samples=samples, why=why)
+            continue
+        found = infer({0: differ(mark, now)}, samples)
+        if found is None:
+            unclear.add(key)
+        else:
+            rows[key] = found
+    return rows, unclear
 
 
 def _weakly(before: Tensor, after: Tensor, samples: int) -> Rows | None:
     """Rows that change by no more than rounding, beside a large constant part: to the bit, where that is clear."""
     found = infer({0: ~((before == after) | (before.isnan() & after.isnan()))}, samples)
     return found if found is not None and found.kind == "samples" else None
-
-
-def _weighted(x: Tensor, weights: Tensor, axis: int) -> Tensor:
-    """The sum of ``x`` times ``weights`` along an axis."""
-    if axis == x.dim() - 1:
-        return x @ weights
-    if axis == 1 and x.is_contiguous():
-        return weights @ x.flatten(2)
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    return (x * weights.view(shape)).sum(axis)
 
 
 def differ(before: Tensor, after: Tensor) -> Tensor:
@@ -247,52 +260,3 @@ def _floating(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _floating(each)
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Run a model without a trace, layers without parts in eval mode.
-
-    Attributes (train/eval flags among them), buffers and the random streams of PyTorch, Python and NumPy are as
-    before on exit.
-
-    Yields:
-        A function that rewinds all of them, so that the next run is like the first one.
-    """
-    modules = list(model.modules())
-    attributes = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
-    buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
-    devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
-    numpy = sys.modules.get("numpy.random")
-    python_state, numpy_state = random.getstate(), numpy.get_state() if numpy else None
-    with torch.random.fork_rng(devices):
-        cpu_state = torch.get_rng_state()
-        device_states = [torch.cuda.get_rng_state(i) for i in devices]
-
-        def restore() -> None:
-            for module, values, own in attributes:
-                module.__dict__.clear()
-                module.__dict__.update(values)
-                module._buffers.clear()
-                module._buffers.update(own)
-            with torch.no_grad():
-                for buffer, value, version in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(value)
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.set_state(numpy_state)
-
-        def again() -> None:
-            restore()
-            torch.set_rng_state(cpu_state)
-            for index, state in zip(devices, device_states, strict=True):
-                torch.cuda.set_rng_state(state, index)
-            for module in modules:
-                if module.training and not module._modules:
-                    module.training = False
-
-        try:
-            yield again
-        finally:
-            restore()

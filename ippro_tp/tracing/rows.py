@@ -54,6 +54,16 @@ class Rows:
             return count * self.samples == self.count * samples
         return count % samples == 0
 
+    def of_sample(self, sample: int) -> Tensor:
+        """``(count,)`` bool: the rows of one sample, where samples have rows of their own.
+
+        Example:
+            >>> Rows("samples", outer=2, count=4, samples=2).of_sample(0)
+            tensor([ True, False,  True, False])
+        """
+        inner = self.count // (self.outer * self.samples)
+        return torch.arange(self.count) // inner % self.samples == sample
+
 
 def infer(changed: Mapping[int, Tensor], samples: int) -> Rows | None:
     """How samples lie in rows, given which rows change with which sample.

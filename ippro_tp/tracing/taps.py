@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import ObservationError
 from ..records import Pass
 from .extension import Tap, Term, storage_of
-from .probe import Key, Layouts, Recording
+from .probe import Layouts
+from .recording import Key, Recording
 
 Kind = Literal["outputs", "activations", "inputs", "tables"]
 
