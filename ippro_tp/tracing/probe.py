@@ -150,6 +150,7 @@ class Layouts:
             base = run(arrangement.first(samples), Recording())
             last, noise = replaced(0, {}, 0), 0.0
             rows, unclear = _compare(base, last, samples)
+            rows |= _mixed_outputs(base.outputs, last.outputs, samples)
             shaken: dict[Key, Rows] = {}
             for loud in LOUD if all(one.kind != "mixed" for one in rows.values()) else ():
                 known: dict[Key, Rows] = {}
@@ -172,6 +173,20 @@ class Layouts:
                 tables = {k: shared(x.numel() // x.shape[a], samples) for k, (x, a) in graph.kept.items()}
                 rows |= tables | _by_gradients(graph, changed, samples)
         return rows
+
+
+def _mixed_outputs(before: list[Tensor], after: list[Tensor], samples: int) -> dict[Key, Rows]:
+    """Outputs that depend on several samples each, although no layer's do: of differences between samples, say.
+
+    Sums over the batch, which are scalars, do not count: losses add up.
+    """
+    found: dict[Key, Rows] = {}
+    for number, (one, other) in enumerate(zip(before, after, strict=False)):
+        if one.shape == other.shape and one.dim() and one.numel() % samples == 0:
+            rows = infer({0: differ(one.detach().float().flatten(), other.detach().float().flatten())}, samples)
+            if rows is not None and rows.kind == "mixed":
+                found["model", "the model's output", number] = rows
+    return found
 
 
 def _shakeable(rows: Mapping[Key, Rows]) -> dict[Key, Rows]:

@@ -3,7 +3,6 @@
 import pytest
 
 PENDING = (
-    "test_samples_that_mix_are_refused_or_told",
     "test_the_same_channels_go[global-heads-graph]",
     "test_the_same_channels_go[global-heads-model]",
 )
