@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ def mask_of(prunable: Prunable, units: Tensor) -> Tensor:
     return gone[prunable.unit]
 
 
-def cut_copy(structure: Structure, ranked: Iterable[Ranked], gone: Mapping[str, int]) -> nn.Module:
+def cut_copy(structure: Structure, ranked: Sequence[Ranked], gone: Mapping[str, int]) -> nn.Module:
     """A copy of the structure's model without so many units of each group: those that go, as sizes may differ."""
     model = structure.model
     if not any(gone.values()):
@@ -38,7 +38,7 @@ def cut_copy(structure: Structure, ranked: Iterable[Ranked], gone: Mapping[str, 
     return made
 
 
-def cut_sizes(structure: Structure, ranked: Iterable[Ranked], meter: Meter, whole: Counts, unit: Unit) -> Sizes:
+def cut_sizes(structure: Structure, ranked: Sequence[Ranked], meter: Meter, whole: Counts, unit: Unit) -> Sizes:
     """Fractions of the unpruned model, in ``unit``, that are left where units of groups are gone.
 
     Args:
