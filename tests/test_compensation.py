@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ippro_tp import Compensation, NotCalibratedError, ObservationError
 from ippro_tp.compensation.cutlayer import CutLayer
+from ippro_tp.compensation.moments import gram
 from ippro_tp.compensation.patches import Rows, choose, inputs_at, outputs_at, rows_of
-from ippro_tp.compensation.regression import gram, refit
+from ippro_tp.compensation.regression import refit
 from ippro_tp.compensation.samples import Samples, even_choice
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ippro_tp import Compensation, ObservationError
-from ippro_tp.compensation import refitting, regression
+from ippro_tp.compensation import fitting, regression
 from ippro_tp.compensation.passes import PeakBytes, output_error, reproducibly
 from ippro_tp.compensation.rollback import Snapshot
 
@@ -464,7 +464,7 @@ def test_what_makes_the_outputs_worse_is_taken_back(value: float, monkeypatch) -
         found = regression.refit(x, e, *args)
         return dataclasses.replace(found, delta=torch.full((len(x), x.shape[2], e.shape[2]), value))
 
-    monkeypatch.setattr(refitting, "refit", wrong)
+    monkeypatch.setattr(fitting, "refit", wrong)
     report = compensated(model, [x], {"0": [1, 2, 3]})
     assert report.after > report.before
     assert "became worse" in str(report)

@@ -35,7 +35,7 @@ class CutLayer:
     """
 
     def __init__(self, name: str, module: nn.Linear | _ConvNd, norm: _BatchNorm | None = None) -> None:
-        self.name, self.module, self._norm = name, module, norm
+        self.name, self.module, self.norm = name, module, norm
         self.all_inputs = self.inputs
         outputs = module.out_channels if isinstance(module, _ConvNd) else module.out_features
         self._outputs = list(range(outputs))
@@ -72,7 +72,7 @@ class CutLayer:
         """Where a change of the mean output can go: ``"bias"``, ``"norm"`` or, if nowhere, ``""``."""
         if self.module.bias is not None:
             return "bias"
-        return "norm" if self._norm is not None and self._norm.running_mean is not None else ""
+        return "norm" if self.norm is not None and self.norm.running_mean is not None else ""
 
     @property
     def unfit(self) -> str:
@@ -112,8 +112,8 @@ class CutLayer:
             self._change(self.module.weight, self._as_weight(self.matrix(delta.dtype) + delta))
         if constant is not None and self.module.bias is not None:
             self._change(self.module.bias, self.module.bias.to(constant.dtype) + constant.flatten())
-        elif constant is not None and self._norm is not None and self._norm.running_mean is not None:
-            mean = self._norm.running_mean
+        elif constant is not None and self.norm is not None and self.norm.running_mean is not None:
+            mean = self.norm.running_mean
             self._change(mean, mean.to(constant.dtype) - constant.flatten())
 
     def undo(self) -> None:

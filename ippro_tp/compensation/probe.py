@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
 from ..errors import ObservationError
-from .cutlayer import CutLayer, memory_of, shared_parameters
+from .additions import Additions
+from .borrowed import Borrowed
+from .cutlayer import CutLayer
 from .passes import PeakBytes, after_each, drawn_so_far, reproducibly
 from .patches import Rows, choose, inputs_at, outputs_at, rows_of
 from .samples import Samples
@@ -60,6 +61,7 @@ class Facts:
         unfit: per layer, why it cannot be refitted.
         bytes_per_sample: of all activations that live at the same time.
         outputs: per layer, number of output rows of all calls, and channels, per sample.
+        added: layers whose output is read by nothing but an addition to another tensor of its shape.
         apart: whether samples can be run in any batches: each has its rows together in dimension 0 of every
             layer's input, and no random numbers are drawn.
     """
@@ -68,6 +70,7 @@ class Facts:
     unfit: dict[str, str]
     bytes_per_sample: float
     outputs: dict[str, tuple[float, int]]
+    added: frozenset[str]
     apart: bool
 
 
@@ -84,6 +87,7 @@ def probe(model: nn.Module, layers: Sequence[CutLayer], samples: Samples, device
     counted = PeakBytes()
     again = _run(model, layers, samples, usual, device, counted=counted)
     _check_repeatable(first.read, again.read)
+    added = again.added
     del again
     changed: list[dict[str, list[Tensor] | None]] = []
     for number in range(1, few):
@@ -105,7 +109,8 @@ def probe(model: nn.Module, layers: Sequence[CutLayer], samples: Samples, device
             layouts[layer.name] = [_layout(s, m, few) for s, m in zip(shapes, per_call, strict=True)]
     together = [x for per_layer in layouts.values() for x in per_layer if x.problem or x.axis or x.in_turns]
     apart = not first.drew and not together and len(layouts) == len(layers)
-    return Facts(layouts, unfit, counted.peak / few, first.outputs_per(few), apart)
+    added = {name for name in added - set(unfit) if [x.problem for x in layouts.get(name, ())] == [""]}
+    return Facts(layouts, unfit, counted.peak / few, first.outputs_per(few), frozenset(added), apart)
 
 
 class _Seen:
@@ -113,6 +118,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.drew = False
+        self.added: set[str] = set()
         self.read: dict[str, list[Tensor]] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
 
@@ -147,13 +153,14 @@ def _run(
             before = seen.sizes.get(layer.name, (0, 0))[0]
             seen.sizes[layer.name] = (before + torch.Size(rows).numel(), channels)
 
-    watch = _Borrowed(model, layers)
+    watch = Borrowed(model, layers)
     args, kwargs = samples.arguments(index, device)
     with reproducibly(model), after_each(layers, see):
         before = drawn_so_far(device)
         if unfit is None:
-            with counted or nullcontext():
-                model(*args, **kwargs)
+            with counted or nullcontext(), Additions(layers) as additions:
+                additions.returned(model(*args, **kwargs))
+            seen.added = additions.added
         else:
             with watch.inside(), watch:
                 model(*args, **kwargs)
@@ -201,64 +208,6 @@ def _is_product(layer: CutLayer, x: Tensor, y: Tensor) -> bool:
     close = max(CLOSE, 8 * torch.finfo(y.dtype).eps)
     good = size.isfinite()
     return bool((rest[good] <= close * size[good].amax()).all()) if bool(good.any()) else True
-
-
-class _Borrowed(TorchFunctionMode):
-    """Notes layers whose weight or bias is used by a call outside of them."""
-
-    def __init__(self, model: nn.Module, layers: Sequence[CutLayer]) -> None:
-        super().__init__()
-        several = shared_parameters(model)  # of those, others decide
-        self.found: dict[str, str] = {}
-        self._layers = layers
-        self._running: list[str] = []
-        self._owners = {
-            id(tensor): layer.name
-            for layer in layers
-            for tensor in layer.module._parameters.values()
-            if tensor is not None and memory_of(tensor) not in several
-        }
-
-    def inside(self) -> _Running:
-        """Follow which layer is running."""
-        return _Running(self._layers, self._running)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, (Tensor, tuple, list)) and not getattr(func, "__name__", "").startswith(
-            ("new_", "__set")
-        ):
-            for value in (*args, *(kwargs or {}).values()):
-                for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                    name = self._owners.get(id(tensor)) if isinstance(tensor, Tensor) else None
-                    if name is not None and name not in self._running and _holds_floats(out):
-                        self.found[name] = "its weight or bias is used outside of it as well"
-        return out
-
-
-class _Running:
-    """Keeps ``running`` the names of the layers whose forward is under way."""
-
-    def __init__(self, layers: Sequence[CutLayer], running: list[str]) -> None:
-        self._layers, self._running = layers, running
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for layer in self._layers:
-            name = layer.name
-            self._handles += [
-                layer.module.register_forward_pre_hook(lambda *_, n=name: self._running.append(n)),
-                layer.module.register_forward_hook(lambda *_: self._running.pop() and None),
-            ]
-
-    def __exit__(self, *exc: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _holds_floats(out: Any) -> bool:
-    values = out if isinstance(out, (tuple, list)) else (out,)
-    return any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in values)
 
 
 def _check_repeatable(first: Mapping[str, list[Tensor]], again: Mapping[str, list[Tensor]]) -> None:

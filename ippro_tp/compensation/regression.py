@@ -8,22 +8,18 @@ taps) and e the error of its output there, the update of its weight is
 C central second moments over positions and samples, s the mean variance of x. The ridge draws the weight towards
 what it is, not towards zero. Without a constant, c = 0 and C are moments about zero.
 
-Rows are read once: each half of the samples is summed up into moments, from which regressions on either half, on
-both, and their errors on the other half follow. With more features than rows, products between rows take the
-place of products between features.
-
 Sources: Hoerl and Kennard, "Ridge regression", 1970; the reconstruction of pruned layers from their actual
 inputs: He, Zhang and Sun, "Channel pruning for accelerating very deep neural networks", ICCV 2017.
 """
 
 from __future__ import annotations
 
-import abc
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .moments import Dual, Primal, Sums
 
 RIDGES = (1e-10, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridges that cross-validation chooses from, as multiples of the mean variance of the features."""
@@ -31,18 +27,10 @@ FIRST, FIRST_MANY = (2, 5, 8), (5, 8)
 """Those tried first; then the neighbours of the best, until it lies between two that are worse."""
 MANY = 512
 """With more features, ridges are searched for on one half, and only the best is judged on the other too."""
-JUDGED = 64
-"""Outputs on which ridges are compared, at most: an even choice of all."""
-FLOOR = 1e-13
-"""Least ridge: keeps a singular problem solvable."""
 EXACT = 1e-4
 """An error of which no more than this is left is worked out in double precision."""
-SHORT = 1e-2
-"""From this ridge on, single precision solves for what has been read in single precision."""
 TRIES = 3
 """Candidates that are judged on both halves, at most, where there are many features."""
-BLOCKS = 4
-"""A product of a matrix with its own transpose is made of so many blocks each way, the lower ones mirrored."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +83,8 @@ def _refit(x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None, m
     center = x.mean(1, keepdim=True) if affine else torch.zeros_like(x[:, :1])
     x = x - center  # moments are taken about the mean: no digits are lost
     rows, features = x.shape[1:]
-    make = _Dual if 2 * features > rows else _Primal
-    sums: _Sums = make(x, e, even, affine)
+    make = Dual if 2 * features > rows else Primal
+    sums: Sums = make(x, e, even, affine)
     choice = ridge
     if 0 < even < rows:
         before = now = sums.power
@@ -124,7 +112,7 @@ def _refit(x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None, m
     )
 
 
-def _search(sums: _Sums, margin: float, many: bool) -> tuple[float | None, Tensor]:
+def _search(sums: Sums, margin: float, many: bool) -> tuple[float | None, Tensor]:
     """The ridge of the least held-out error that is less than now on either half, and those errors.
 
     The error is taken to fall and rise once over the ridges.
@@ -158,169 +146,3 @@ def _search(sums: _Sums, margin: float, many: bool) -> tuple[float | None, Tenso
 def mean_square(e: Tensor) -> float:
     """Mean square of e over rows, summed over groups and outputs."""
     return float(e.square().sum()) / max(1, e.shape[1])
-
-
-class _Sums(abc.ABC):
-    """Moments of two halves of the rows, and the regressions that follow from them."""
-
-    affine: bool
-    power: Tensor
-    """``(2,)``: mean square of the error on each half, summed over groups and the outputs that are judged."""
-
-    @abc.abstractmethod
-    def held_out(self, ridge: float, half: int) -> Tensor:
-        """What a regression on the other half leaves of :attr:`power` on ``half``."""
-
-    @abc.abstractmethod
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """``(groups, features, outputs)`` and ``(groups, 1, outputs)``, of all rows; NaN where singular."""
-
-
-class _Primal(_Sums):
-    """Moments between features; for fewer features than rows."""
-
-    def __init__(self, x: Tensor, e: Tensor, even: int, affine: bool) -> None:
-        self.affine, self._kind = affine, x.dtype
-        halves = [(x[:, part], e[:, part]) for part in (slice(even), slice(even, None)) if len(x[0, part])]
-        parts = [_Moments.of(*half) for half in halves]
-        self._whole = parts[0] if len(halves) == 1 else parts[0].plus(parts[1])
-        self._judged = {torch.float64: [part.judged() for part in parts]}
-        self._judged[self._kind] = [part.to(self._kind) for part in self._judged[torch.float64]]
-        self.power = torch.stack([part.error(None, None) for part in self._judged[torch.float64]])
-
-    def held_out(self, ridge: float, half: int) -> Tensor:
-        parts = self._judged[self._kind if ridge >= SHORT else torch.float64]
-        return parts[half].error(*parts[1 - half].solve(ridge, self.affine)).double()
-
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        whole = self._whole.to(self._kind) if ridge >= SHORT else self._whole
-        delta, constant = whole.solve(ridge, self.affine)
-        return delta.double(), constant.double()
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Sums over rows: number, x, e, x x^T, x e^T, and e^2."""
-
-    rows: int
-    x: Tensor
-    e: Tensor
-    xx: Tensor
-    xe: Tensor
-    ee: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, e: Tensor) -> _Moments:
-        square = e.square().sum(1, keepdim=True).double()
-        return cls(x.shape[1], _total(x), _total(e), gram(x).double(), (x.mT @ e).double(), square)
-
-    def plus(self, other: _Moments) -> _Moments:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Moments(*(mine + theirs for mine, theirs in pairs))
-
-    def to(self, kind: torch.dtype) -> _Moments:
-        """The same in another precision."""
-        return _Moments(self.rows, *(t.to(kind) for t in (self.x, self.e, self.xx, self.xe, self.ee)))
-
-    def judged(self) -> _Moments:
-        """The same for an even choice of outputs."""
-        step = -(-self.e.shape[2] // JUDGED)
-        return replace(self, e=self.e[..., ::step], xe=self.xe[..., ::step], ee=self.ee[..., ::step])
-
-    def solve(self, ridge: float, affine: bool) -> tuple[Tensor, Tensor]:
-        mean = self.e / self.rows if affine else torch.zeros_like(self.e)
-        if ridge == float("inf"):
-            return torch.zeros_like(self.xe), mean
-        xx, xe = self.xx, self.xe
-        if affine:
-            xx = xx - self.x.mT @ (self.x / self.rows)
-            xe = xe - self.x.mT @ mean
-        delta = _solve(xx, xe, ridge, xx.diagonal(dim1=-2, dim2=-1).mean(-1))
-        return delta, mean - self.x / self.rows @ delta if affine else mean
-
-    def error(self, delta: Tensor | None, constant: Tensor | None) -> Tensor:
-        """Mean square of what is left of e after ``constant + x delta``, summed over groups and outputs."""
-        total = self.ee.sum()
-        if delta is not None and constant is not None:
-            seen = self.xx @ delta - 2 * self.xe + 2 * self.x.mT @ constant
-            total = total + (delta * seen).sum() + (constant * (self.rows * constant - 2 * self.e)).sum()
-        return total.clamp_min(0) / self.rows
-
-
-class _Dual(_Sums):
-    """Products between rows; for more features than rows."""
-
-    def __init__(self, x: Tensor, e: Tensor, even: int, affine: bool) -> None:
-        self.affine = affine
-        self._x, self._e = x, e
-        self._halves = slice(even), slice(even, x.shape[1])
-        products = gram(x.mT)  # (groups, rows, rows)
-        self._products = {torch.float64: products.double(), x.dtype: products}
-        judged = e[:, :, :: -(-e.shape[2] // JUDGED)]
-        self._judged = {torch.float64: judged.double(), x.dtype: judged}
-        self.power = torch.stack(
-            [self._judged[torch.float64][:, half].square().mean(1).sum() for half in self._halves]
-        )
-
-    def held_out(self, ridge: float, half: int) -> Tensor:
-        kind = self._x.dtype if ridge >= SHORT else torch.float64
-        test, train = self._halves[half], self._halves[1 - half]
-        products, e = self._products[kind], self._judged[kind]
-        own, between = products[:, train, train], products[:, test, train]
-        alpha, mean, between = self._fit(own, e[:, train], ridge, between)
-        rest = e[:, test] - mean - (0 if alpha is None else between @ alpha)
-        return rest.double().square().mean(1).sum()
-
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        if ridge < SHORT and self._x.shape[2] <= self._x.shape[1]:  # products of rows would be singular
-            return _Primal(self._x, self._e, self._x.shape[1], self.affine).solve(ridge)
-        kind = self._x.dtype if ridge >= SHORT else torch.float64
-        products = self._products[kind]
-        alpha, mean, _ = self._fit(products, self._e.to(kind), ridge, products[:, :1])
-        if alpha is None:
-            return mean.new_zeros(len(mean), self._x.shape[2], mean.shape[2]).double(), mean.double()
-        center = self._x.mean(1, keepdim=True) if self.affine else torch.zeros_like(self._x[:, :1])
-        delta = ((self._x - center).mT @ alpha.to(self._x.dtype)).double()
-        return delta, mean.double() - center.double() @ delta if self.affine else mean.double()
-
-    def _fit(
-        self, own: Tensor, wanted: Tensor, ridge: float, between: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Weights of rows of products ``own``, their mean of e, products ``between`` others and them, centred."""
-        mean = wanted.mean(1, keepdim=True) if self.affine else torch.zeros_like(wanted[:, :1])
-        if ridge == float("inf"):
-            return None, mean, between
-        if self.affine:
-            shared = own.mean(1, keepdim=True)
-            middle = shared.mean(2, keepdim=True)
-            between = between - between.mean(2, keepdim=True) - shared + middle
-            own = own - shared - shared.mT + middle
-        unit = own.diagonal(dim1=-2, dim2=-1).sum(-1) / self._x.shape[2]
-        return _solve(own, wanted - mean, ridge, unit), mean, between
-
-
-def gram(x: Tensor) -> Tensor:
-    """``x.mT @ x`` of ``(groups, rows, features)``, with half of the work left out where that pays."""
-    features = x.shape[2]
-    if len(x) > 1 or features < 32 * BLOCKS:
-        return x.mT @ x
-    out = x.new_empty(1, features, features)
-    bounds = [features * i // BLOCKS for i in range(BLOCKS + 1)]
-    for low, high in pairwise(bounds):
-        torch.matmul(x[..., low:high].mT, x[..., low:], out=out[:, low:high, low:])
-        out[:, high:, low:high] = out[:, low:high, high:].mT
-    return out
-
-
-def _total(x: Tensor) -> Tensor:
-    return x.sum(1, keepdim=True).double()
-
-
-def _solve(matrix: Tensor, right: Tensor, ridge: float, unit: Tensor) -> Tensor:
-    """``(matrix + ridge * unit * I)^-1 right``; NaN where it is singular to rounding."""
-    shift = (max(ridge, FLOOR) * unit).to(matrix.dtype).clamp_min(torch.finfo(matrix.dtype).tiny)
-    matrix = matrix.clone()
-    matrix.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(right, factor)
-    return torch.full_like(solution, torch.nan) if bool((failed != 0).any()) else solution

@@ -19,7 +19,8 @@ from ..graph.groups import Graph, graph_of
 from .attention import Projections, can_be_taken_apart, taken_apart
 from .cutlayer import CutLayer
 from .inputs import KeptInputs
-from .refitting import LayerReport, Refit
+from .refitting import Refit
+from .reports import LayerReport
 from .rollback import undone_on_error
 from .samples import Samples
 
