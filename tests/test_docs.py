@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ippro_tp
 from benchmarks.criteria import registry
 from ippro_tp import layers
 from ippro_tp.estimators import base
@@ -69,3 +70,10 @@ def test_there_are_blocks_on_each_page_of_how_to():
     pages = {str(page.relative_to(ROOT)) for page in PAGES if page.parent.name == "howto" and page.stem != "ddp"}
     assert pages <= named
     assert "README.md" in named
+
+
+def test_the_api_page_names_all_that_is_public():
+    named = re.findall(
+        r"^::: ippro_tp\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(named) == sorted(ippro_tp.__all__)
