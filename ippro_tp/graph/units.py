@@ -42,8 +42,7 @@ def ties_of(pruner: Any | None, group: Any, record: GroupRecord, positions: Tens
     """
     # Torch-Pruning numbers tied channels as they stand in the group that asks.
     if record.tied is not None:
-        unit = units_of(pruner, group._DG, record)
-        assert unit is not None
+        unit = torch.unique(record.tied, return_inverse=True)[1]
         alone = pruner is not None and not pruner.global_pruning and not pruner.isomorphic
         kept = _kept(pruner, group, record.width) if alone else None
         return [Ties(unit, record.units, None if kept is None else kept * record.units // record.width or None)]
@@ -96,9 +95,6 @@ def units_of(pruner: Any | None, graph: Any, record: GroupRecord) -> Tensor | No
         graph: the dependency graph.
         record: the group.
     """
-    if record.tied is not None:
-        together: Tensor = torch.unique(record.tied, return_inverse=True)[1]
-        return together
     if pruner is None:
         parts = channel_groups(record, graph)
     else:
@@ -107,7 +103,11 @@ def units_of(pruner: Any | None, graph: Any, record: GroupRecord) -> Tensor | No
         if pruner.prune_num_heads and any(module in pruner.num_heads for module, _ in named):
             return torch.zeros(record.width, dtype=torch.long)
         parts = max([1, *(given.get(module, 1) for module, given in named)])
-    return torch.arange(record.width) % (record.width // parts) if parts > 1 else None
+    if record.tied is None:
+        return torch.arange(record.width) % (record.width // parts) if parts > 1 else None
+    # Heads divide what is tied, not the positions: a query, its key and its value stand at one place.
+    together: Tensor = torch.unique(record.tied, return_inverse=True)[1]
+    return together % (record.units // parts) if parts > 1 and record.units % parts == 0 else together
 
 
 def _kept(pruner: Any, group: Any, units: int) -> int | None:
