@@ -31,10 +31,14 @@ def batches_of(
         note: asked after each batch for what to show beside the bar.
 
     Raises:
-        ValueError: the loader is empty, a batch is none, or ``max_samples`` is not positive.
+        ValueError: the loader is empty, a batch is none, or ``max_samples`` is no positive whole number.
+        TypeError: the loader is none.
     """
-    if max_samples is not None and (max_samples < 1 or max_samples != int(max_samples)):
-        raise ValueError(f"max_samples={max_samples!r}; give a positive whole number of samples, or None for all")
+    if max_samples is not None:
+        max_samples = whole_number("max_samples", max_samples, "of samples, or None for all")
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        what = "one tensor, whose rows would be batches" if isinstance(loader, Tensor) else repr(loader)
+        raise TypeError(f"the loader is {what}; give an iterable of batches, [images] for a single one")
     seen = 0
     for batch in _with_progress(loader, progress, title, note):
         inputs, targets = _unpack(batch)
@@ -50,6 +54,20 @@ def batches_of(
             break
     if seen == 0:
         raise ValueError("the loader is empty: calibration needs at least one batch of samples.")
+
+
+def whole_number(name: str, value: Any, of_what: str = "") -> int:
+    """``value`` as a positive integer.
+
+    Raises:
+        ValueError: it is none, and names the argument.
+    """
+    try:
+        if value == (whole := int(value)) and whole > 0:
+            return whole
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name}={value!r}; give a positive whole number {of_what}".rstrip())
 
 
 def as_call(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -18,7 +18,7 @@ from ..estimators.sums import Sums
 from ..graph.groups import check_widths, group_key, index_tensor, is_unchanged, read_group, records_of
 from ..records import GroupRecord, Layer
 from ..tracing.arguments import arrangements
-from .batches import batches_of, called
+from .batches import batches_of, called, whole_number
 from .guard import preserved
 from .identity import different, fingerprint, weights_of
 from .losses import notes_of
@@ -51,6 +51,12 @@ class Calibrated(abc.ABC):
     """
 
     needs_gradients = True
+
+    def __new__(cls: type[Self], *args: Any, **_: Any) -> Self:
+        """Make one; a pruner that was given the class calls it with a group."""
+        if args and hasattr(args[0], "_DG"):
+            raise TypeError(f"the pruner was given the class {cls.__name__}: give an instance, {cls.__name__}().")
+        return super().__new__(cls)
 
     def __init__(self) -> None:
         self._sums: Sums | None = None
@@ -179,8 +185,7 @@ class Calibrated(abc.ABC):
                 than one, or more and the loader is an iterator.
             ObservationError: see :meth:`observe`.
         """
-        if passes < 1:
-            raise ValueError(f"passes={passes!r}; it must be at least 1")
+        passes = whole_number("passes", passes, "of times that the loader is gone through")
         if passes > 1 and iter(loader) is loader:
             raise ValueError(f"passes={passes}: an iterator can be gone through once only; give a loader")
         _, model = resolve(target)

@@ -142,8 +142,6 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
         depletion: choice.Depletion | None = "auto",
     ) -> None:
         super().__init__()
-        if hasattr(estimator, "_DG"):  # a group: the pruner holds the class and calls it
-            raise TypeError("the pruner was given the class PROImportance: give an instance, PROImportance().")
         self._options = Options(
             estimator, step_size, group_reduction, normalizer, target, power, cost, cost_exponent, seed, reference,
             depletion,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
+from ..compensation.step import Compensation
 from .measure import Unit
 
 
@@ -19,7 +21,7 @@ def one_target(targets: Mapping[str, float | None]) -> tuple[Unit, float]:
     if len(given) != 1:
         raise ValueError(f"give exactly one target of {', '.join(targets)}; got {', '.join(given) or 'none'}")
     ((unit, value),) = given.items()
-    if not 0 < value < 1:
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ValueError(f"{unit}={value!r}; give a fraction between 0 and 1")
     return unit, value  # type: ignore[return-value]
 
@@ -42,6 +44,22 @@ def check(
         raise ValueError(f"max_pruning_ratio={max_pruning_ratio!r}; give a fraction above 0, 1 at most")
     if unit == "ratio" and target > max_pruning_ratio:
         raise ValueError(f"ratio={target:g} is above max_pruning_ratio={max_pruning_ratio:g}")
+
+
+def check_tools(importance: Any, compensation: Any) -> None:
+    """Refuse an importance or a compensation that is none.
+
+    Raises:
+        TypeError: the message names the argument.
+    """
+    if isinstance(importance, type):
+        raise TypeError(f"importance={importance.__name__} is a class: give an instance, {importance.__name__}()")
+    if importance is not None and not callable(importance):
+        raise TypeError(
+            f"importance={importance!r}; give an importance of Torch-Pruning or of this package, or None"
+        )
+    if not isinstance(compensation, (bool, Compensation)):
+        raise TypeError(f"compensation={compensation!r}; give True, False or a Compensation()")
 
 
 def names_of(model: nn.Module, layers: Sequence[nn.Module | str]) -> tuple[str, ...]:

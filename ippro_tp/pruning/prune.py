@@ -16,7 +16,7 @@ from ..compensation.recovery import Recovery
 from ..compensation.step import Compensation
 from ..errors import StructureError
 from ..importance.pro import PROImportance
-from .arguments import check, names_of, one_target
+from .arguments import check, check_tools, names_of, one_target
 from .latency import LatencyTable
 from .loop import Loop
 from .measure import Meter, Unit
@@ -183,6 +183,7 @@ def prune_layers(
     """
     unit, target = one_target(targets)
     check(scope, steps, round_to, max_pruning_ratio, unit, target)
+    check_tools(importance, compensation)
     _, given = resolve(model)
     ignored = names_of(given, ignored_layers or ())
     try:

@@ -8,6 +8,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
+import ippro_tp
 from ippro_tp import Compensation, IPPROError, PROImportance, SpaSPImportance
 
 from .common import bits, explains, group_of, pruner_of, same_bits, told
@@ -95,10 +96,11 @@ def test_batches_by_other_names_than_the_forwards():
     assert same_bits(model, before)
 
 
-def test_an_importance_given_as_a_class():
+@pytest.mark.parametrize("importance", [PROImportance, SpaSPImportance])
+def test_an_importance_given_as_a_class(importance):
     model = net()
-    pruner = pruner_of(model, X[:1], PROImportance, [model[6]])
-    with pytest.raises(TypeError, match=r"PROImportance\(\)"):
+    pruner = pruner_of(model, X[:1], importance, [model[6]])
+    with pytest.raises(TypeError, match=rf"{importance.__name__}\(\)"):
         pruner.step()
 
 
@@ -270,3 +272,39 @@ def test_other_precisions(dtype):
     torch.testing.assert_close(
         found, wanted, rtol=0.2 if dtype == torch.bfloat16 else 1e-3, atol=0.02 * wanted.max()
     )
+
+
+NOT_COUNTS = [float("nan"), float("inf"), "8", 2.5, -3]
+
+
+@pytest.mark.parametrize("option", ["max_samples", "passes"])
+@pytest.mark.parametrize("count", NOT_COUNTS, ids=str)
+def test_what_is_no_count_is_named(option, count):
+    with pytest.raises(ValueError, match=f"{option}=.*whole number"):
+        scores([X], **{option: count})
+
+
+@pytest.mark.parametrize("loader", [X, None, 5], ids=["tensor", "none", "number"])
+def test_what_is_no_loader_is_named(loader):
+    model = net()
+    before = bits(model)
+    with pytest.raises(TypeError, match="iterable of batches"):
+        scores(loader, model)
+    assert same_bits(model, before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"importance": PROImportance},
+        {"importance": SpaSPImportance},
+        {"importance": tp.importance.MagnitudeImportance},
+        {"importance": "pro"},
+        {"compensation": Compensation},
+        {"compensation": "yes"},
+    ],
+    ids=str,
+)
+def test_tools_that_are_classes_or_names(wrong):
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.*give"):
+        ippro_tp.prune(net(), X[:1], [X], macs=0.5, progress=False, **wrong)
