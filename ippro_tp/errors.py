@@ -1,4 +1,4 @@
-"""Every error a user can meet, each worded as cause and fix."""
+"""Every error that users may see; messages name the cause and the fix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NotCalibratedError(IPPROError):
 
 
 class StaleStatisticsError(IPPROError):
-    """The model was pruned, or is another one, since the statistics were gathered.
+    """The model was pruned after the statistics were gathered, or is a different model.
 
     Example:
         >>> import torch, torch_pruning as tp
@@ -55,7 +55,7 @@ class StaleStatisticsError(IPPROError):
 
 
 class ObservationError(IPPROError):
-    """A forward or backward pass inside ``observe`` cannot be used.
+    """A forward or backward pass inside ``observe`` or ``calibrate`` cannot be used.
 
     Example:
         >>> import torch
@@ -70,18 +70,18 @@ class ObservationError(IPPROError):
 
 
 class ScoreError(IPPROError):
-    """An importance gives something else than one finite number per channel."""
+    """An importance does not return one finite number per channel."""
 
 
 class StructureError(IPPROError):
-    """A model cannot be traced, or what was traced does not run once it is cut."""
+    """A model cannot be traced, or does not run after pruning."""
 
 
 class TargetError(IPPROError, ValueError):
     """A target cannot be met.
 
     Attributes:
-        nearest: the nearest value that can be, in the unit of the target.
+        nearest: the nearest value that can be met, in the unit of the target.
     """
 
     def __init__(self, message: str, nearest: float) -> None:
@@ -90,4 +90,4 @@ class TargetError(IPPROError, ValueError):
 
 
 class LatencyTableError(IPPROError, ValueError):
-    """A latency table was measured on another machine, under other conditions, or on another model."""
+    """A latency table was measured on a different machine or model, or under different conditions."""

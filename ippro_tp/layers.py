@@ -1,4 +1,4 @@
-"""Kinds of layers that the rooms have to tell apart, and the registers of those that users may add to."""
+"""Kinds of layers that the rooms distinguish, and the registers that users may add to."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _ACTIVATIONS = {
 
 
 def register_norm(cls: Norm) -> Norm:
-    """Count a class of layers among the channel norms, as a decorator or a call.
+    """Register a layer class as a channel norm; usable as a decorator.
 
-    A channel norm works channel by channel (or on few channels), with its channels in dimension 1. It takes the
-    scale of the filter before it away, so its affine ``weight`` and ``bias`` are the filter. A LayerNorm mixes all
-    channels and is none.
+    A channel norm normalises each channel by itself (or few channels together) and has its channels in dimension
+    1. It removes the scale of the filter before it, so its affine ``weight`` and ``bias`` take the filter's place.
+    A LayerNorm mixes all channels and is not a channel norm.
 
     Example:
         >>> @register_norm
@@ -45,9 +45,9 @@ def register_norm(cls: Norm) -> Norm:
 
 
 def register_activation(function: Function) -> Function:
-    """Count a function of PyTorch, built-in or a custom operator, among the activations that follow a layer.
+    """Register a PyTorch function or custom operator as an activation for ``PROImportance(estimator="paper")``.
 
-    It has to be element-wise, with the tensor as its first argument.
+    It must be element-wise and take the tensor as its first argument.
 
     Example:
         >>> import torch
@@ -60,12 +60,12 @@ def register_activation(function: Function) -> Function:
 
 
 def is_channel_norm(module: nn.Module) -> bool:
-    """Whether a layer is a channel norm, see :func:`register_norm`."""
+    """Whether a layer is a channel norm; see :func:`register_norm`."""
     return isinstance(module, tuple(_NORMS))
 
 
 def is_activation(name: str) -> bool:
-    """Whether the function of PyTorch that is called ``name`` counts as the activation after a layer."""
+    """Whether the PyTorch function ``name`` is registered as an activation."""
     return name in _ACTIVATIONS
 
 

@@ -1,8 +1,8 @@
-"""Losses that need no labels: what ``calibrate`` differentiates when the user names no loss.
+"""Losses that need no labels: what ``calibrate`` differentiates if no loss is given.
 
 Each is a callable ``(outputs, targets) -> scalar`` that averages over the batch and ignores ``targets``. Random
-numbers come from a private CPU generator, one draw a sample in order, so a calibration set gives the same
-numbers however it is cut into batches, and no global random stream is touched.
+numbers come from a private CPU generator, one draw per sample in order, so they do not depend on how the
+calibration set is split into batches, and the global random state is not touched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .outputs import Verdict, class_axis, float_outputs, layer_axis, target_of
 
 
 def main_output(outputs: Any) -> Tensor:
-    """The tensor to differentiate: the output itself, ``.logits``, ``["out"]``, or the first one inside.
+    """The main output tensor: the output itself, ``.logits``, ``["out"]``, or the first tensor inside.
 
     Raises:
         ObservationError: there is no floating-point tensor in the output.
@@ -51,19 +51,19 @@ def _first_tensor(value: Any) -> Tensor | None:
 
 
 class FisherNoise:
-    r"""The output dotted with noise whose covariance is the Fisher information of the softened prediction.
+    r"""The output times noise whose covariance is the Fisher information of the softened prediction.
 
     With logits z and p = softmax(z / temperature), the noise is
     :math:`e = \sqrt p \odot \xi - p\,(\sqrt p \cdot \xi)`, :math:`\xi` standard normal, so that
-    :math:`E\,e e^T = \mathrm{diag}(p) - p p^T`. But for a constant factor, its gradients have the second moments
-    of those of a cross-entropy with labels drawn from p, at a lower variance. They do not vanish where the labels
-    are fitted: they say how the prediction reacts to a change, not whether the label likes it.
+    :math:`E\,e e^T = \mathrm{diag}(p) - p p^T`. Up to a constant factor, its gradients have the second moments of
+    those of a cross-entropy with labels drawn from p, at lower variance. They do not vanish where the network fits
+    its labels: they measure how sensitive the prediction is, whatever the label.
 
     Args:
-        temperature: the higher, the more classes take part.
+        temperature: higher values let more classes contribute.
         seed: seed of the private generator.
-        dim: the dimension of the output along which the classes lie. ``None``: 1, but for three dimensions, tokens
-            ``(N, L, C)`` or sequences ``(N, C, L)``, where the layer that made the output has to tell.
+        dim: the dimension of the output that holds the classes. ``None``: dimension 1; for three dimensions,
+            tokens ``(N, L, C)`` or sequences ``(N, C, L)``, it is inferred from the layer that made the output.
 
     Example:
         >>> FisherNoise()(torch.randn(4, 10), None).shape
@@ -78,7 +78,7 @@ class FisherNoise:
         """Sum over a sample's positions, mean over the batch.
 
         Raises:
-            ObservationError: the output has no such dimension, or it cannot be told.
+            ObservationError: the output has no such dimension, or it cannot be inferred.
         """
         made = main_output(outputs)
         axis = self._axis(made)
@@ -111,7 +111,7 @@ class FisherNoise:
 
 
 class LogitNoise:
-    """The output dotted with Gaussian noise: works for every output, also without classes.
+    """The output times Gaussian noise, for outputs of any kind.
 
     The mean square of its gradients is the squared Jacobian norm of the output.
 
@@ -138,19 +138,19 @@ class LogitNoise:
 
 
 class DefaultLoss:
-    r"""Noise on every floating-point output of a model, fit to what each of them is.
+    r"""Noise on every floating-point output of a model, chosen by its kind.
 
-    Class scores get the noise of :class:`FisherNoise`, all else that of :class:`LogitNoise`, which leaves no
-    direction out; :func:`~.outputs.class_axis` says which is which and on what evidence, at the first batch. An
-    only output is taken as it is. Of several, each counts as much as its values vary: white noise is divided by
-    the standard deviation of the first batch's values, and both kinds by the square root of the number of values
-    (white) or positions (Fisher) a sample, so that neither a large map nor large numbers drown the others.
+    Class scores get :class:`FisherNoise`, everything else :class:`LogitNoise`, which covers all directions.
+    :func:`~.outputs.class_axis` decides which is which at the first batch. A single output is used as it is. With
+    several, each is normalised so that neither large maps nor large values dominate: white noise is divided by the
+    standard deviation of the first batch's values, and both kinds by the square root of the number of values
+    (white) or positions (Fisher) per sample.
 
     Args:
         seed: seed of the private generators.
 
     Attributes:
-        notes: after the first call: which output gets what, and why.
+        notes: after the first call: which output gets which noise, and why.
     """
 
     def __init__(self, seed: int = 0) -> None:

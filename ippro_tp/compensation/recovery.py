@@ -1,4 +1,4 @@
-"""Recovery: minutes of distillation from the uncut model, without labels, that never end worse than they began."""
+"""Recovery: label-free distillation from the unpruned model that never ends worse than it began."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .inputs import KeptInputs
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What :meth:`Recovery.run` did.
+    """The outcome of :meth:`Recovery.run`.
 
     Attributes:
         before: distance between the outputs of the two models on held-out samples, as a share of the power of the
-            uncut model's output: mean square of the difference, divided by the variance.
+            unpruned model's output: mean square of the difference, divided by the variance.
         after: the same at the end, never more than ``before``.
-        steps: gradient steps that were done.
-        kept: the step whose weights were kept; 0: those from before, as nothing was better.
-        lr: the learning rate that came to that.
+        steps: number of gradient steps.
+        kept: the step whose weights were kept; 0 if none was better than the initial weights.
+        lr: the learning rate that led to them.
         held_out: number of held-out samples.
         seconds: wall-clock time.
     """
@@ -48,32 +48,32 @@ class RecoveryReport:
 
 
 class Recovery(KeptInputs):
-    r"""Distillation without labels: the pruned model is trained to predict what the unpruned one does.
+    r"""Distillation without labels: the pruned model is trained to reproduce the unpruned model's outputs.
 
     All weights are fitted together to
 
     .. math:: \min \sum_o E \lVert o(x) - o^*(x) \rVert^2 / \mathrm{Var}\, o^*,
 
-    o the floating-point tensors that the models return, over the samples of the calibration. BatchNorm keeps its
-    statistics, which pruning and :class:`Compensation` have set, and dropout is off: what is trained is the
-    network that will be used. Part of the samples is held out, and the weights that came nearest on them are kept:
-    those from before, if none came nearer.
+    where o runs over the floating-point tensors that the models return, and x over the calibration samples.
+    BatchNorm keeps its running statistics, as set by pruning and :class:`Compensation`, and dropout is off: the
+    network is trained as it will be used. Some samples are held out, and the weights that come closest to the
+    unpruned model on them are kept, which may be the initial ones.
 
-    It repairs what :class:`Compensation`, which fits each layer by itself, leaves, and takes minutes where that
-    takes seconds; so do that first.
+    Run :class:`Compensation` first: it fits each layer by itself in seconds, and this takes minutes to correct
+    what remains.
 
     Args:
-        steps: gradient steps.
-        lr: largest learning rate of AdamW; it rises in the first steps and falls along a cosine. It is divided by
-            three, and the best weights so far are taken up again, whenever held-out samples say that it destroys.
+        steps: number of gradient steps.
+        lr: largest learning rate of AdamW, with a warm-up and a cosine schedule. Whenever the error on held-out
+            samples explodes, it is divided by three and training continues from the best weights so far.
         batch_size: samples per step.
-        augment: ``"shift"``: images, where they are the only input, ``(B, C, H, W)``, are mirrored left to right
-            and shifted by up to an eighth of their size, by chance; ``"mirror"``: mirrored only, for which the
-            teacher has to be asked once. Other inputs are taken as they are. Or a callable: given a batch of
-            inputs (as the loader gave them: a tensor, a tuple or a dict), it returns those that both models see
-            instead; global random numbers in it follow ``seed``. ``None``: nothing.
-        held_out: part of the samples that is only looked at.
-        max_samples: inputs that are kept at most; of more, an even choice.
+        augment: ``"shift"``: images, if they are the only input, ``(B, C, H, W)``, are randomly mirrored left to
+            right and shifted by up to an eighth of their size. ``"mirror"``: mirrored only; the teacher's outputs
+            are then computed once. Other inputs are not augmented. A callable takes a batch of inputs as the
+            loader yields them (a tensor, a tuple or a dict) and returns those that both models see; its use of
+            the global random state follows ``seed``. ``None``: no augmentation.
+        held_out: fraction of the samples to hold out.
+        max_samples: the largest number of inputs to store; from more, an even selection is kept.
         seed: of the order of the samples and of ``augment``.
 
     Raises:
@@ -117,21 +117,21 @@ class Recovery(KeptInputs):
         self._plan = Plan(int(steps), lr, int(batch_size), augment, held_out, seed)
 
     def run(self, model: nn.Module, teacher: nn.Module, progress: bool = False) -> RecoveryReport:
-        """Train ``model``, in place, to give what ``teacher`` gives.
+        """Train ``model`` in place to reproduce the outputs of ``teacher``.
 
-        Parameters that require gradients are trained, or all if none does. Gradients, flags, modes, buffers and
-        random streams are left as they were; after an exception, so are the weights.
+        Parameters that require gradients are trained, or all of them if none does. Gradients, flags, modes,
+        buffers and random state are restored; after an exception, so are the weights.
 
         Args:
             model: the pruned model.
-            teacher: the unpruned one, unchanged, on the same device.
+            teacher: the unpruned model, on the same device; not changed.
             progress: show a progress bar if tqdm is installed.
 
         Raises:
             NotCalibratedError: there are no samples.
-            ObservationError: the models return different things, or nothing in floating point; or there is only
+            ObservationError: the models' outputs do not match, or hold no floating-point tensor; or there is only
                 one sample.
-            ValueError: both are the same model, or share parameters; or there are none to train.
+            ValueError: both are the same model, share parameters, or have none to train.
         """
         self._check_calibrated()
         if model is teacher or {id(p) for p in model.parameters()} & {id(p) for p in teacher.parameters()}:

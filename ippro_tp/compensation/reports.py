@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What :meth:`Compensation.step` did to one layer.
+    """How :meth:`Compensation.step` changed one layer.
 
     Attributes:
         name: dotted module name; projections of ``nn.MultiheadAttention`` are ``q_proj``, ``k_proj``, ``v_proj``.
-        kept, removed: numbers of input channels; none may be removed: a layer whose inputs changed because of
-            cuts before it is refitted as well.
-        lost: error of its output on held-out samples, as a share of the output's power, after the layers before it
-            were compensated and before it is.
-        left: the same after it is; NaN where nothing could be held out.
-        ridge: the ridge used, as a multiple of the features' mean variance; inf where only the mean was made up
-            for, NaN where the layer was left as it is.
+        kept, removed: numbers of input channels. ``removed`` can be 0: a layer whose inputs changed because of
+            pruning before it is refitted too.
+        lost: relative squared error of its output on held-out samples before its own refit, with all layers
+            before it already refitted.
+        left: the same after its refit; NaN if no samples could be held out.
+        ridge: the ridge used, as a multiple of the features' mean variance; inf if only the mean was corrected,
+            NaN if the layer was left as it was.
         constant: where the mean went: ``"bias"``, ``"norm"`` (the BatchNorm that follows) or ``""``.
-        skipped: why the layer was left as Torch-Pruning left it; empty if it was not.
+        skipped: why the layer was not refitted; empty if it was.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Compensation: after a cut, refit each layer to what it gave before, from what it reads now."""
+"""Compensation: after pruning, refit each layer to its former outputs from its present inputs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ from .samples import Samples
 
 @dataclass(frozen=True)
 class CompensationReport:
-    """What a step did.
+    """The outcome of a step.
 
     Attributes:
-        rows: one :class:`LayerReport` per layer that lost inputs or reads other values than before, in forward
-            order.
-        before: error of the model's outputs as cut, on samples that no layer was fitted to: squared, as a share of
-            their variance. NaN where outputs cannot be compared.
+        rows: one :class:`LayerReport` per layer that lost inputs or whose inputs have changed, in forward order.
+        before: squared error of the pruned model's outputs on held-out samples, relative to their variance; NaN if
+            outputs cannot be compared.
         after: the same after compensation.
-        reverted: why all layers were left as Torch-Pruning left them; empty if they were not.
+        reverted: why all layers were left as pruned; empty if they were refitted.
     """
 
     rows: tuple[LayerReport, ...]
@@ -53,35 +52,33 @@ class CompensationReport:
 
 
 class Compensation(KeptInputs):
-    r"""Training-free compensation: each layer of the cut model is refitted to what it gave before the cut.
+    r"""Training-free compensation: each layer of the pruned model is refitted to its outputs before pruning.
 
-    Layer by layer, in forward order, the weight becomes the ridge regression of the layer's outputs in the uncut
-    model on what it reads in the cut one, where all layers before it are refitted already
+    Layer by layer, in forward order, the weight is replaced by the ridge regression of the layer's outputs in the
+    unpruned model on its inputs in the pruned one, in which all layers before it are already refitted
     (:mod:`compensation.regression`). The part of a removed channel that the remaining ones predict is folded into
-    their weights, and errors of earlier layers are repaired. The mean goes into the bias, or into the running
-    mean of the BatchNorm that alone reads the output. Labels and gradients are not needed, and it works for any
-    criterion.
+    their weights, and errors of earlier layers are corrected. The mean goes into the bias, or into the running
+    mean of a BatchNorm that is the only reader of the output. Neither labels nor gradients are needed, and any
+    criterion can be used.
 
-    Convolutions of any stride, padding, dilation and grouping, transposed convolutions and Linear layers, also
-    after flattening or concatenation, in residual streams and in transformers, and the projections of
-    ``nn.MultiheadAttention``. A layer that a forward pass calls several times is fitted to all its calls. Left as
-    Torch-Pruning leaves them, with the reason in the report: layers whose output is measured to be something else
-    than their weight times what they read, whose weight is shared, parametrized or used elsewhere, or whose
-    rows do not belong to one sample each.
+    Supported are convolutions of any stride, padding, dilation and grouping, transposed convolutions, Linear
+    layers and the projections of ``nn.MultiheadAttention``, also after flattening or concatenation, in residual
+    streams and in transformers. A layer that a forward pass calls several times is fitted to all its calls. Layers
+    whose output is measured to differ from weight times input, whose weight is shared, parametrized or used
+    elsewhere, or whose rows do not belong to one sample each, are left as pruned; the report gives the reason.
 
-    Some samples are kept from the fit. If the model's outputs on them are further from the uncut model's with
-    compensation than without, all weights stay as Torch-Pruning left them, and the report says so.
+    Some samples are held out. If compensation takes the model's outputs on them further away from the unpruned
+    model's, all weights are left as pruned, and the report says so.
 
-    Calibration keeps inputs, nothing else. :meth:`step` runs the model over them before and after the cut, all
-    samples side by side.
+    Calibration stores inputs only. :meth:`step` runs the model on all of them before and after pruning.
 
     Args:
-        ridge: a multiple of the mean variance of what the layer reads. ``None``: chosen for each layer by two-fold
-            cross-validation over the samples, with "leave it" among the candidates.
-        max_samples: inputs that are kept at most; of more, an even choice.
-        memory: bytes that activations and the outputs kept of them may take at a time in :meth:`step`. Fewer
-            samples are used where they would take more. The regression of a layer takes besides what its
-            largest matrix takes a few times.
+        ridge: a multiple of the mean variance of the layer's inputs. ``None``: chosen for each layer by two-fold
+            cross-validation over the samples; leaving the weight as it is, is one of the candidates.
+        max_samples: the largest number of inputs to store; from more, an even selection is kept.
+        memory: bytes that activations and stored outputs may take at a time in :meth:`step`; fewer samples are
+            used if they would take more. The regression of a layer needs, in addition, a few times the size of
+            its largest matrix.
 
     Raises:
         ValueError: an option is negative or not finite.
@@ -109,22 +106,22 @@ class Compensation(KeptInputs):
 
     @torch.no_grad()
     def step(self, pruner: Any, repair: Callable[[nn.Module], None] | None = None) -> CompensationReport:
-        """``pruner.step()``, and every layer that reads other values than before is refitted.
+        """Run ``pruner.step()`` and refit every layer whose inputs have changed.
 
-        Samples stay valid: in the next step, layers are refitted to what the model gives then. After an exception,
-        also in the middle of pruning, the model and the pruner are as they were.
+        The samples remain valid: the next step refits layers to the model's outputs at that time. After an
+        exception, even in the middle of pruning, the model and the pruner are as they were.
 
         Args:
-            pruner: a ``torch_pruning`` pruner, on the model of the calibration or another that takes its inputs.
-            repair: called with the model after the cut and before it runs, to set what its forward pass keeps as
-                plain numbers. For attention as in timm that is done already (:func:`update_attention`).
+            pruner: a ``torch_pruning`` pruner, on the calibrated model or another that takes the same inputs.
+            repair: called with the pruned model before it is run, to update sizes that its forward pass stores as
+                plain numbers. Attention as in timm is updated anyway (:func:`update_attention`).
 
         Returns:
-            What was done to each layer.
+            A report of each layer.
 
         Raises:
             NotCalibratedError: there are no samples.
-            ObservationError: the samples all hold NaN or inf, or the model does not repeat what it does.
+            ObservationError: all samples contain NaN or inf, or the model is not deterministic.
             TypeError: ``pruner`` is no pruner.
         """
         graph = graph_of(pruner)

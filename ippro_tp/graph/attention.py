@@ -1,4 +1,4 @@
-"""Attention with one Linear layer for query, key and value, as in timm: numbers that pruning has to keep right."""
+"""Attention with one Linear layer for query, key and value, as in timm: the sizes that pruning must update."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
-    """The joint ``qkv`` layers of a model with their numbers of heads, for ``num_heads=`` of a pruner.
+    """The fused ``qkv`` layers of a model and their numbers of heads, for ``num_heads=`` of a pruner.
 
     Args:
-        model: modules with a Linear layer ``qkv`` and an int ``num_heads`` are taken for attention.
+        model: every module with a Linear layer ``qkv`` and an int ``num_heads`` counts as attention.
 
     Example:
         >>> attention_heads(nn.Linear(2, 2))
@@ -26,14 +26,14 @@ def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def update_attention(pruner: Any) -> None:
-    """Tell the attention modules of a pruned model how many heads of which size they have now.
+    """Update the numbers and sizes of heads that the attention modules of a pruned model store.
 
-    Their forward pass reshapes by numbers kept as attributes (``num_heads``, ``head_dim``, ``attn_dim``,
-    ``scale``; torchvision's ViT keeps ``hidden_dim``), which Torch-Pruning does not know. Modules whose layers
-    kept their widths are left alone.
+    Their forward pass reshapes by attributes (``num_heads``, ``head_dim``, ``attn_dim``, ``scale``;
+    ``hidden_dim`` in torchvision's ViT) that Torch-Pruning does not update. Modules whose layers kept their widths
+    are not touched.
 
     Args:
-        pruner: a ``torch_pruning`` pruner made with ``num_heads=attention_heads(model)``, after its step.
+        pruner: a ``torch_pruning`` pruner built with ``num_heads=attention_heads(model)``, after its step.
     """
     heads = getattr(pruner, "num_heads", {})
     for module in pruner.model.modules():

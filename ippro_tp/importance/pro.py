@@ -37,68 +37,67 @@ from .scoring import Scoring
 class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignore[misc]
     r"""Importance of channels by the offset of their filters in projective space.
 
-    Source: IPPRO, arXiv 2507.14171; the estimator ``"expected"`` is this package's.
+    Source: IPPRO, arXiv 2507.14171; the estimator ``"expected"`` is this package's own.
 
-    The statistics, the options and the pruner that asks decide the scores, not what was calibrated: a copy, a
-    reloaded state, a second pruner, and a calibration with the pruner, its graph or the model prune the same
-    channels. Of the pruner that asks its units count (heads, convolution groups) and, for ``"auto"``, whether it
-    ranks groups against each other. It is found by itself in its ``step()``; outside, it is the one that was bound
-    (:meth:`bind`), or else like the one that was calibrated. In a step that ranks all groups against each other,
-    no group loses more than the pruner's ``max_pruning_ratio``, also one that ranks lowest as a whole.
+    Scores depend on the statistics, the options and the pruner that asks for them, and on nothing else: a copy, a
+    reloaded state, a second pruner, and a calibration with the pruner, its graph or the model all prune the same
+    channels. What matters of the pruner is its units (heads, convolution groups) and, for ``"auto"``, whether it
+    ranks globally. During its ``step()`` the pruner is found automatically; otherwise it is the one that was bound
+    (:meth:`bind`), or one like the pruner that was calibrated. In a global step no group loses more than the
+    pruner's ``max_pruning_ratio``, even if all of it ranks lowest.
 
     Args:
-        estimator: ``"expected"``: mean over samples of :math:`|F\cdot\nabla_n|` (default).
-            ``"paper"``: Eq. 4 on the accumulated gradient. Or a name of :func:`ippro_tp.register_estimator`.
-        step_size: :math:`\lambda` of Eq. 3, for ``"paper"`` only, by default 0.01; 0 is the limit.
-        group_reduction: ``"joint"`` (coupled filters are one point), or, over the scores of the coupled layers,
-            ``"mean"``, ``"sum"``, ``"max"``, ``"prod"``, ``"first"``.
-        normalizer: ``None``, or a name or callable of ``tp.importance.GroupMagnitudeImportance``. Scores of
-            ``"expected"`` are comparable across layers without.
-        target: for ``"paper"`` only: ``"conv"`` (default) takes rows of convolutions as F, ``"norm"`` the
+        estimator: ``"expected"`` (default): mean over samples of :math:`|F\cdot\nabla_n|`. ``"paper"``: Eq. 4 on
+            the accumulated gradient. Or a name given to :func:`ippro_tp.register_estimator`.
+        step_size: for ``"paper"`` only: :math:`\lambda` of Eq. 3, by default 0.01; 0 is the limit.
+        group_reduction: ``"joint"``: coupled filters are one point. Otherwise how the scores of coupled layers are
+            combined: ``"mean"``, ``"sum"``, ``"max"``, ``"prod"``, ``"first"``.
+        normalizer: ``None``, or a name or callable as in ``tp.importance.GroupMagnitudeImportance``. Scores of
+            ``"expected"`` are comparable across layers without one.
+        target: for ``"paper"`` only: ``"conv"`` (default) takes the rows of convolutions as F, ``"norm"`` the
             (gamma, beta) of the norm that follows, as the paper does in ResNets.
         power: for ``"expected"`` only: 1 (default) for the mean of abs(t), 2 for the mean of t squared.
-        cost: divides the scores of a group by what one of its channels costs, so that a global ranking removes
-            what costs much and matters little: ``"macs"``, ``"params"``, ``None``, or a callable ``(record, model)
-            -> cost`` (a measured latency, say). MACs are those of ``torch.utils.flop_counter``; groups without any
-            are told by their parameters, see :meth:`report`. ``"auto"``: ``"macs"`` for ``"expected"`` where the
-            pruner that asks ranks globally, else ``None``. Within a group it changes nothing.
-        cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``power / 2``.
-        seed: for ``"expected"`` only: of the labels that ``calibrate`` draws when no loss is given; every rank
+        cost: scores of a group are divided by the cost of one of its channels, so that a global ranking removes
+            channels that are expensive and matter little: ``"macs"``, ``"params"``, ``None``, or a callable
+            ``(record, model) -> cost``, for a measured latency say. MACs are counted by
+            ``torch.utils.flop_counter``; groups without any fall back to parameters, see :meth:`report`.
+            ``"auto"``: ``"macs"`` for ``"expected"`` if the pruner ranks globally, else ``None``. The order within
+            a group does not depend on it.
+        cost_exponent: power of the cost; ``None``: ``power / 2``, from the quadratic model of the loss.
+        seed: for ``"expected"`` only: seed of the noise that ``calibrate`` draws if no loss is given; every rank
             draws its own.
-        reference: for ``"expected"`` with ``group_reduction="joint"``: what offsets are measured from.
-            ``"origin"``: zero, which a removed channel is set to. ``"mean"``: the mean of what is read of the
-            channel (see :mod:`estimators.centered`), as if all readers were compensated after the cut. ``"auto"``
-            (default): near the mean where a BatchNorm follows the layer that reads the channel and takes its mean
-            up when it is re-estimated or trained, zero elsewhere.
-        depletion: makes channels dearer as others of their group go (see :mod:`estimators.ranking`). ``"log"``:
-            the loss of a group grows with the logarithm of what is left of it; ``"coupled"``: besides, channels
-            that pull the same way cost more together, and those that make up for each other less, by a part of
-            their covariance, which is gathered then, up to 1,024 numbers a channel, and the order within a group
-            changes; ``None``: each counts by itself. ``"auto"``: for ``"expected"``, where the pruner that asks
-            ranks globally and there is a ``cost``, ``"coupled"`` with ``group_reduction="joint"``, ``"log"`` with
-            others; else ``None``.
+        reference: for ``"expected"`` with ``group_reduction="joint"`` only: where offsets are measured from.
+            ``"origin"``: zero, the value of a removed channel. ``"mean"``: the mean of the channel where it is
+            read (see :mod:`estimators.centered`), as if all consumers were compensated afterwards. ``"auto"``
+            (default): close to the mean if a BatchNorm follows the consumer, which absorbs the mean when it is
+            re-estimated or trained; zero otherwise.
+        depletion: raises the scores of channels as others of their group are removed (see
+            :mod:`estimators.ranking`). ``"log"``: the loss of a group grows with the logarithm of what remains.
+            ``"coupled"``: in addition, channels with similar effects cost more together and channels that offset
+            each other cost less, by a fraction of their covariance, which changes the order within a group and is
+            gathered during calibration (up to 1,024 numbers per channel). ``None``: each channel counts by itself.
+            ``"auto"``: for ``"expected"`` with a ``cost``, if the pruner ranks globally, ``"coupled"``
+            (``"log"`` without ``group_reduction="joint"``); else ``None``.
 
-    ``PROImportance(cost=None, depletion=None)`` gives the estimator's scores as they are.
+    ``PROImportance(cost=None, depletion=None)`` returns the estimator's scores unchanged.
 
-    Options may be changed after calibration. Those that decide what is gathered (``estimator``, ``target``,
-    ``power``, ``reference``, ``group_reduction``, ``depletion="coupled"``) then ask for a new calibration.
+    Options may be changed after calibration; a change of ``estimator``, ``target``, ``power``, ``reference``,
+    ``group_reduction`` or to ``depletion="coupled"`` requires a new calibration.
 
-    ``observe(pruner, loss_reduction="mean")`` and ``calibrate(..., loss_reduction="mean")`` take ``"sum"`` for a
-    loss that is summed over the batch: per-sample gradients of ``"expected"`` then need no factor.
-    ``"paper"`` takes the gradients as they come, as ``.grad`` would.
+    ``observe`` and ``calibrate`` take ``loss_reduction="sum"`` for a loss that is summed over the batch instead of
+    averaged, so that ``"expected"`` scales per-sample gradients correctly. ``"paper"`` uses gradients as they are.
 
-    ``observe(pruner, loss_scale=scaler)``, for a loop with ``scaler.scale(loss).backward()`` under fp16 autocast,
-    takes the scale out again and leaves out batches that overflow; a number does for a scale of your own.
-    Without it, a constant scale s multiplies all scores of ``"expected"`` by s to the power of ``power``, which
-    changes no order, and acts on ``"paper"`` like a larger ``step_size``. Leave ``scaler.step`` out of the loop:
-    there are no gradients for it.
+    ``observe(pruner, loss_scale=scaler)`` is for loops with ``scaler.scale(loss).backward()`` under fp16 autocast:
+    gradients are unscaled, and batches that overflow are skipped. A number stands for a constant scale. Without
+    it, a constant scale s multiplies the scores of ``"expected"`` by ``s ** power``, which changes no order, and
+    acts on ``"paper"`` like a larger ``step_size``. Leave ``scaler.step`` out of the loop: there are no gradients.
 
-    Without ``loss_fn``, ``calibrate`` differentiates noise on every output for ``"expected"``, which needs no
-    labels: :class:`~ippro_tp.FisherNoise` on class scores, :class:`~ippro_tp.LogitNoise` on the rest, as
-    ``report()`` says; and the cross-entropy with the labels for ``"paper"``.
+    Without ``loss_fn``, ``calibrate`` needs no labels for ``"expected"``: it differentiates
+    :class:`~ippro_tp.FisherNoise` on class scores and :class:`~ippro_tp.LogitNoise` on other outputs, as
+    ``report()`` says. For ``"paper"`` it takes the cross-entropy with the labels.
 
     Raises:
-        ValueError: an option is none of the above, does not go with another, or not with the estimator.
+        ValueError: an option is unknown, or does not go with another option or the estimator.
 
     Example:
         >>> import torch, torch_pruning as tp
@@ -167,17 +166,17 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
 
         Args:
             group: a ``torch_pruning`` group, full or partial.
-            **_: ignored; older versions of Torch-Pruning pass more.
+            **_: ignored; older versions of Torch-Pruning pass more arguments.
 
         Returns:
-            ``(len(group[0].idxs),)`` float32 on the device of the group's layers, finite, higher = keep; ``None``
-            only where the group has no producer, or where Torch-Pruning would prune something else than it says:
-            channels of one layer are tied to positions of another, or a layer reads them through its weight alone,
-            ``F.linear(x, self.qkv.weight)``, and would not be cut. ``calibrate`` warns, ``report()`` shows which.
+            ``(len(group[0].idxs),)`` float32 on the device of the group's layers, finite; higher = keep. ``None``
+            only if the group has no producer, or if Torch-Pruning would prune it wrongly: channels of one layer
+            are tied to positions of another, or a layer is only read through its weight,
+            ``F.linear(x, self.qkv.weight)``. ``calibrate`` warns about such groups and ``report()`` lists them.
 
         Raises:
-            NotCalibratedError: there are no statistics for this group, or for the options that were chosen since.
-            StaleStatisticsError: the model has been pruned since calibration, or is another one.
+            NotCalibratedError: there are no statistics for this group, or for the current options.
+            StaleStatisticsError: the model was pruned after calibration, or is a different model.
         """
         found = self._lookup(group)
         if found is None or found[0].key in self._observed.unscored:
@@ -195,9 +194,9 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
         return picked.to(device).float().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
 
     def coupling(self, group: Any) -> Coupling | None:
-        """How the offsets of a group's channels go together.
+        """Second moments of the offsets of a group's channels.
 
-        ``None`` where it was not gathered (see ``depletion``), or the group was never called.
+        ``None`` if they were not gathered (see ``depletion``), or the group was never called.
 
         Raises:
             NotCalibratedError, StaleStatisticsError: as for scores.
@@ -209,7 +208,7 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
 
     @property
     def unscored(self) -> dict[str, str]:
-        """Groups that get no score, and why."""
+        """Groups without a score, with the reason."""
         return dict(self._observed.unscored)
 
     def _group_scores(self, record: GroupRecord, model: nn.Module) -> Tensor:
@@ -269,13 +268,13 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
     def report(self) -> Report:
         """Per group: producers, where sigma was found, score range, ties, dead channels and cost.
 
-        ``low``, ``median`` and ``high`` are as the estimator gives them; ``ranked_low`` and ``ranked_high`` are
-        what a ranking over groups compares, after ``depletion``, ``normalizer`` and ``cost``. These two and the
-        cost are told as long as the pruner that was calibrated exists, and its model is unpruned.
+        ``low``, ``median`` and ``high`` are the estimator's scores; ``ranked_low`` and ``ranked_high`` are what a
+        global ranking compares, after ``depletion``, ``normalizer`` and ``cost``. These two and the cost are known
+        as long as the calibrated pruner exists and its model is unpruned.
 
         Raises:
             NotCalibratedError: there are no statistics; or, for ``"paper"``, the calibrated model is gone.
-            ValueError: ``cost`` gives a group a cost that is not positive.
+            ValueError: ``cost`` returns a cost that is not positive.
         """
         if self._sums is None:
             raise NotCalibratedError(self._how_to_calibrate())

@@ -52,56 +52,55 @@ def prune(
     progress: bool = True,
     latency_table: LatencyTable | None = None,
 ) -> PruneResult:
-    """Prune a copy of a model to a target and refit it, without training.
+    """Prune a copy of a model to a target size and refit it, without training.
 
-    The layers that make the model's outputs keep them, heads of attention stay equal, and a layer whose channels
-    cannot be removed is left whole and named in the result. ``model``, the importance, the compensation and
-    torch's random streams are left as they are, also after an exception.
+    The layers that produce the model's outputs keep their width, all heads of an attention layer keep the same
+    size, and groups that cannot be pruned safely are left whole and listed in the result. ``model``, the
+    importance, the compensation and torch's random state are not changed, even if an exception is raised.
 
     Args:
         model: any model that Torch-Pruning can trace.
-        example_inputs: what it is called with: a tensor, a tuple of positional or a dict of keyword arguments;
-            one sample, as a rule. MACs and latency are those of a call with them.
-        loader: calibration data: an iterable of ``(inputs, targets)`` batches or of inputs alone. Labels are not
-            needed by the default importance. A few hundred samples do.
-        macs: target, the fraction of multiply-accumulates that is left; give exactly one target. It is met within
-            0.01.
-        params: target, the fraction of parameters that is left.
-        latency: target, the fraction of the time of a forward pass with ``example_inputs`` that is left, on the
-            model's device, with as many threads as torch has now. It is searched for with the predictions of a
-            :class:`~ippro_tp.LatencyTable`, corrected by times measured end to end, and met within 5 % of itself.
-            Channels are ranked by the time that goes with them, and widths follow the steps in which times fall,
-            unless ``importance`` or ``round_to`` are given.
-        ratio: instead, the fraction of channels that goes.
-        importance: of Torch-Pruning or of this package, not calibrated; those that read ``.grad`` get a backward
-            pass. ``None``: :class:`~ippro_tp.PROImportance`.
-        compensation: refit the layers after the cut (see :class:`~ippro_tp.Compensation`); one with other
-            settings may be given.
-        recover: after that, train the pruned model for minutes to predict what the unpruned one does on the same
-            samples, without labels (see :class:`~ippro_tp.Recovery`); one with other settings may be given.
-        scope: ``"global"``: channels of all layers are ranked together; ``"local"``: all layers lose the same
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; usually a batch
+            of one. MACs and latency are measured on them.
+        loader: calibration data: an iterable of ``(inputs, targets)`` batches or of inputs alone. A few hundred
+            samples are enough; the default importance needs no labels.
+        macs: target: the fraction of multiply-accumulates to keep, met within 0.01. Give exactly one target.
+        params: target: the fraction of parameters to keep, met within 0.01.
+        latency: target: the fraction of the time of a forward pass on ``example_inputs`` to keep, on the model's
+            device and with torch's current number of threads. The search uses the predictions of a
+            :class:`~ippro_tp.LatencyTable`, corrected by end-to-end measurements, and ends within 5 % of the
+            target. Unless ``importance`` or ``round_to`` is given, channels are ranked by loss per second saved,
+            and widths follow the steps in which kernels get faster.
+        ratio: target: the fraction of channels to remove.
+        importance: an importance of Torch-Pruning or of this package, not yet calibrated; those that read
+            ``.grad`` get a backward pass. ``None``: :class:`~ippro_tp.PROImportance`.
+        compensation: refit the remaining layers after pruning; pass a :class:`~ippro_tp.Compensation` to change
+            its settings.
+        recover: then distil the unpruned model into the pruned one on the same samples, without labels, which
+            takes minutes; pass a :class:`~ippro_tp.Recovery` to change its settings.
+        scope: ``"global"``: channels of all layers are ranked together. ``"local"``: every layer loses the same
             fraction.
-        steps: cuts on the way to the target, with a new calibration before each.
-        ignored_layers: modules of ``model``, or their names, that keep their outputs, besides those that make the
-            model's.
-        round_to: widths are multiples of this.
-        max_pruning_ratio: a layer loses at most this fraction of its channels, over all steps.
-        forward_fn: ``(model, inputs) -> outputs``, where ``model(inputs)`` is not how the model is called.
-        output_transform: picks what matters out of the model's outputs, for tracing and for the loss.
+        steps: number of pruning steps on the way to the target, each with its own calibration.
+        ignored_layers: modules of ``model``, or their names, that keep their output channels, in addition to the
+            layers that produce the model's outputs.
+        round_to: make widths multiples of this.
+        max_pruning_ratio: the largest fraction of its channels that a layer may lose, over all steps.
+        forward_fn: ``(model, inputs) -> outputs``, if ``model(inputs)`` is not how the model is called.
+        output_transform: selects the outputs that matter, for tracing and for the loss.
         loss_fn: ``(outputs, targets) -> scalar``, averaged over the batch, for the importance.
-        seed: of all that is random: the same seed gives the same channels (where times are not the target).
+        seed: of all random numbers; the same seed removes the same channels (except for ``latency``).
         progress: show progress bars if tqdm is installed.
-        latency_table: of this model, measured before; ``None``: measured now, for about a minute, if ``latency``
-            is the target.
+        latency_table: measured earlier on this model; ``None``: measured now, which takes about a minute, if
+            ``latency`` is the target.
 
     Returns:
         The pruned model and its measured size.
 
     Raises:
         ValueError: an argument is out of range, or not exactly one target is given.
-        TargetError: the target cannot be met; ``nearest`` says what can.
+        TargetError: the target cannot be met; ``nearest`` holds the nearest value that can.
         StructureError: the model cannot be copied or traced.
-        LatencyTableError: ``latency_table`` was measured elsewhere, or on another model.
+        LatencyTableError: ``latency_table`` was measured on another machine or model.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))

@@ -1,4 +1,4 @@
-"""What ``prune()`` gives back: the pruned model, its measured size, and a table of what was done."""
+"""What ``prune()`` returns: the pruned model, its measured size, and a table of the changes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from .steps import GroupChange, StepRecord
 
 @dataclass(frozen=True, eq=False)
 class PruneResult:
-    """A pruned model and how it came about; ``print(result)`` shows a table.
+    """A pruned model and a record of how it was pruned; ``print(result)`` shows a table.
 
     Attributes:
-        model: the pruned model, in the train/eval modes of the one that was given.
-        macs: multiply-accumulates that are left, as a fraction of the unpruned model's, measured.
-        params: parameters that are left, as a fraction.
+        model: the pruned model; its modules are in the same train/eval modes as in the model that was given.
+        macs: remaining multiply-accumulates as a fraction of the unpruned model's, measured.
+        params: remaining parameters, as a fraction.
         latency: time of a forward pass, as a fraction, measured; ``None`` unless it was the target.
-        before, after: MACs and parameters themselves, on the example inputs.
+        before, after: absolute MACs and parameters, on the example inputs.
         steps: what each step did to each group and layer.
-        scope, importance, seed: as they were given.
-        recovered: what the recovery did; ``None`` without.
-        example_inputs: as given, where the model is called with them as it stands; :meth:`save` checks with them.
+        scope, importance, seed: the options of the call.
+        recovered: the report of the recovery; ``None`` if there was none.
+        example_inputs: those of the call, which :meth:`save` checks the saved model with; ``None`` if the model
+            is not called with them directly.
     """
 
     model: nn.Module
@@ -48,12 +49,12 @@ class PruneResult:
 
     @property
     def predicted_latency(self) -> float | None:
-        """What the latency table said of :attr:`latency`; ``None`` unless it was the target."""
+        """The latency table's prediction of :attr:`latency`; ``None`` unless it was the target."""
         return self.steps[-1].predicted
 
     @property
     def groups(self) -> tuple[GroupChange, ...]:
-        """Each group over all steps, in the order of the model's modules."""
+        """The change of each group over all steps, in the order of the model's modules."""
         first = {group.key: group for group in self.steps[0].groups}
         last = {group.key: group for group in self.steps[-1].groups}
         return tuple(
@@ -70,12 +71,12 @@ class PruneResult:
 
     @property
     def left_whole(self) -> dict[str, str]:
-        """Why groups that keep all of their channels do, by key."""
+        """The groups that keep all of their channels, with the reason, by key."""
         return {group.key: group.reason for group in self.groups if group.reason}
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Layers that lost inputs and were not refitted, and why; of the last step."""
+        """The layers that lost inputs and were not refitted in the last step, with the reason."""
         refitted = self.steps[-1].refitted
         return {} if refitted is None else {row.name: row.skipped for row in refitted.rows if row.skipped}
 
@@ -87,15 +88,15 @@ class PruneResult:
         *,
         example_inputs: Any = None,
     ) -> Path:
-        """Write the model to ``directory``, from where :func:`ippro_tp.load_pruned` brings it back bit for bit.
+        """Write the model to ``directory``; :func:`ippro_tp.load_pruned` restores it bit for bit.
 
         Args:
-            directory: created if need be.
-            source: see :func:`ippro_tp.save_pruned`; without one, and without a ``builder``, all classes of the
-                model have to be importable in the process that loads it.
+            directory: created if it does not exist.
+            source: see :func:`ippro_tp.save_pruned`. Without ``source`` and ``builder``, all classes of the model
+                must be importable in the process that loads it.
             builder: see :func:`ippro_tp.save_pruned`.
-            example_inputs: the model that was saved is loaded again and run on them beside this one; by default
-                those that were given to :func:`~ippro_tp.prune`.
+            example_inputs: the saved model is loaded and run on them, and must give the same outputs as this one;
+                by default those given to :func:`~ippro_tp.prune`.
 
         Returns:
             ``directory``.
@@ -123,7 +124,7 @@ class PruneResult:
 
     @property
     def headline(self) -> str:
-        """Sizes before and after, and how it was pruned, in a line."""
+        """Sizes before and after, and the options, in one line."""
         sizes = [
             f"MACs {self.before.macs / 1e6:.4g} M -> {self.after.macs / 1e6:.4g} M ({self.macs:.1%})",
             f"parameters {self.before.params / 1e6:.4g} M -> {self.after.params / 1e6:.4g} M ({self.params:.1%})",

@@ -1,8 +1,8 @@
 """Pruned models on disk: weights in safetensors, shapes in JSON, no pickle.
 
-A pruned network is its library's network with other widths. :func:`save_pruned` builds the original once, writes
-down in what the pruned one differs (attributes of modules, shapes of parameters), and :func:`load_pruned` builds
-the original again and repeats the changes.
+A pruned network is its library's network with other widths. :func:`save_pruned` builds the original and records
+how the pruned one differs from it (attributes of modules, shapes of parameters); :func:`load_pruned` builds the
+original again and applies the differences.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ def save_pruned(
     *,
     example_inputs: Any = None,
 ) -> Path:
-    """Write a pruned model to ``directory``, from where :func:`load_pruned` brings it back bit for bit.
+    """Write a pruned model to ``directory``; :func:`load_pruned` restores it bit for bit.
 
     The unpruned network is built on the CPU to find out what pruning changed: parameters, buffers, and attributes
-    of modules (numbers, strings, None, tensors, and tuples, lists and dicts of them); torch's random stream is
-    left as it was. Before anything is written, the model is loaded again from what will be in the files, compared
-    in all of this and, with ``example_inputs``, run beside the one given.
-    Each of the two files appears whole or not at all.
+    of modules (numbers, strings, None, tensors, and tuples, lists and dicts of them). torch's random state is not
+    changed. Before anything is written, the model is restored from the contents of the files, compared with the
+    original and, given ``example_inputs``, run next to it. Each of the two files is written completely or not at
+    all.
 
     Args:
-        model: the pruned network, of any device and dtype, in train or eval mode.
-        directory: folder, created if need be, of ``model.safetensors`` and ``shapes.json``.
+        model: the pruned network, on any device, of any dtype, in train or eval mode.
+        directory: folder of ``model.safetensors`` and ``shapes.json``, created if it does not exist.
         source: how the library builds the unpruned network: ``{"library": "timm" | "torchvision", "name": ...,
             "kwargs": {...}}``; ``kwargs`` (optional) must be plain JSON values and must not ask for weights.
-            Without a source and a builder the modules themselves are written down (:mod:`pruning.tree`): what all
-            classes can be imported from is enough then.
-        builder: instead, for a network of your own, a function without arguments that builds it unpruned; then
-            ``source`` may hold any JSON values, as a note, and :func:`load_pruned` needs the same function.
-        example_inputs: what the model is called with: a tensor, a tuple of positional or a dict of keyword
-            arguments. Both networks are run on it, and have to give the same bits.
+            Without ``source`` and ``builder`` the modules themselves are recorded (:mod:`pruning.tree`); all their
+            classes must then be importable.
+        builder: for a network of your own, a function without arguments that builds it unpruned;
+            :func:`load_pruned` needs the same function, and ``source`` may hold any JSON values as a note.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. Both networks
+            are run on them and must give identical outputs.
 
     Returns:
         ``directory``.
@@ -72,9 +72,9 @@ def save_pruned(
     Raises:
         ImportError: safetensors or the library is not installed.
         TypeError: ``source`` is not plain JSON.
-        ValueError: a module cannot be written down and needs a ``builder``; ``source`` is no known model, or
-            builds a network that ``model`` cannot have been pruned from; or something differs that cannot be
-            saved, or does not come back the same. The message names it.
+        ValueError: a module cannot be recorded and needs a ``builder``; ``source`` is not a known model, or builds
+            a network that ``model`` cannot have been pruned from; or something cannot be saved or restored. The
+            message names it.
 
     Example:
         >>> import tempfile, torch, torch_pruning as tp
@@ -112,22 +112,22 @@ def save_pruned(
 def load_pruned(
     directory: str | os.PathLike[str], builder: Builder | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Return the model that :func:`save_pruned` wrote: same outputs to the bit, same train/eval flags.
+    """Return the model that :func:`save_pruned` wrote, with identical outputs and train/eval flags.
 
-    Nothing in the files is executed: weights are safetensors, shapes are JSON, of the libraries only registered
-    model names are built, never with downloaded weights, and of modules that were written down only classes of
-    PyTorch modules are made, without calling their constructors. torch's random stream is left as it was.
+    Nothing in the files is executed: weights are safetensors, shapes are JSON. Of the libraries, only registered
+    models are built, and never with downloaded weights; recorded modules may only be subclasses of
+    ``nn.Module``, and their constructors are not called. torch's random state is not changed.
 
     Args:
         directory: folder with ``model.safetensors`` and ``shapes.json``.
-        builder: the function given to :func:`save_pruned`, if one was.
-        device: where the model shall live.
+        builder: the function given to :func:`save_pruned`, if there was one.
+        device: the device of the model.
 
     Raises:
         FileNotFoundError: a file is missing.
         ImportError: safetensors or the library is not installed.
-        ValueError: the files are not ours, not of one save, or belong to another architecture than the one that
-            is built; the message names the first difference.
+        ValueError: the files were not written by :func:`save_pruned`, do not belong together, or do not fit the
+            architecture that is built; the message names the first difference.
     """
     safetensors = _library("safetensors", "safetensors")
     folder = Path(directory)
