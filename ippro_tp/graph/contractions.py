@@ -102,7 +102,7 @@ def _product(mode: Provenance, a: Tensor, b: Tensor) -> list[Tensor]:
             mode.union(merged[key], plane)
         else:
             merged[key] = plane
-    planes = [p for p in merged.values() if bool(p.any())]
+    planes = mode.apart([mode.canonical(p) for p in merged.values() if bool(p.any())])
     mode.site(planes, prefer=0 if any(0 in varying(p) for p in planes) else None)
     if not batched:
         planes = [p.squeeze(0) for p in planes]

@@ -184,6 +184,16 @@ class Provenance(TorchDispatchMode):
             self._stay[labels] = True
             self._stay[self.facts.classes.find(labels)] = True
 
+    def apart(self, planes: Sequence[Tensor]) -> list[Tensor]:
+        """Those of some canonical planes that vary: a channel that all elements belong to beside others stays."""
+        wide = [plane for plane in planes if varying(plane)]
+        if not wide:
+            return list(planes)
+        for plane in planes:
+            if not varying(plane):
+                self.fix(plane, "every channel of a tensor depends on it")
+        return wide
+
     def site(
         self, planes: Sequence[Tensor], fixed: frozenset[int] = frozenset(), prefer: int | None = None
     ) -> None:

@@ -239,7 +239,8 @@ def meet(mode: Provenance, shape: Sequence[int], operands: Sequence[Tensor]) -> 
                 blocked |= bare
     planes = list(found.values())
     if len(found) > 1 or blocked:
-        mode.site([mode.canonical(p) for p in planes], frozenset(blocked))
+        planes = mode.apart([mode.canonical(p) for p in planes])
+        mode.site(planes, frozenset(blocked))
     return planes
 
 
