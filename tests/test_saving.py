@@ -281,6 +281,16 @@ def test_shared_modules_and_tied_parameters_stay_one(tmp_path):
     assert again[0].weight is again[3].weight
 
 
+def test_plain_tensors_that_modules_keep_come_back(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    kept = {"cpu": torch.randn(2, 3, dtype=torch.float64), "none": torch.empty(0), "one": torch.tensor(7)}
+    model[0].cache, model[0].half = kept, torch.randn(4).bfloat16()
+    save_pruned(model, tmp_path)
+    again = load_pruned(tmp_path)[0]
+    assert all(torch.equal(again.cache[key], value) for key, value in kept.items())
+    assert torch.equal(again.half, model[0].half)
+
+
 def test_what_cannot_be_written_down_is_named(tmp_path):
     class Local(nn.Module):
         pass

@@ -85,6 +85,25 @@ class TensorPruner(tp.pruner.BasePruningFunc):  # type: ignore[misc]
     get_in_channels = get_out_channels
 
 
+class NormPruner(tp.pruner.function.LayernormPruner):  # type: ignore[misc]
+    """Torch-Pruning's, with the remaining weights in their order: 1.6 takes them as a set of Python gives them."""
+
+    def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
+        """Drop ``idxs`` of the last axis."""
+        gone = set(idxs)
+        keep = [i for i in range(layer.normalized_shape[-1]) if i not in gone]
+        for leaf in ("weight", "bias"):
+            if getattr(layer, leaf, None) is not None:
+                setattr(layer, leaf, self._prune_parameter_and_grad(getattr(layer, leaf), keep, -1))
+        layer.normalized_shape = (*layer.normalized_shape[:-1], len(keep))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
+NORM = NormPruner()
+
+
 class NumberPruner(TensorPruner):
     """Lowers a number that a module keeps: an int, or one entry of a tuple or list of ints."""
 
@@ -138,7 +157,7 @@ def axes_of(model: nn.Module, facts: Facts, layout: Layout) -> list[Axis]:
             slots = take(f"{prefix}weight", 0)
             take(f"{prefix}bias", 0)
             if slots is not None:
-                found.append(_axis(owner, slots, layout, BOX[TYPES.LN].prune_out_channels))
+                found.append(_axis(owner, slots, layout, NORM.prune_out_channels))
         elif isinstance(module, nn.GroupNorm) and weight is not None:
             slots = take(f"{prefix}weight", 0)
             take(f"{prefix}bias", 0)

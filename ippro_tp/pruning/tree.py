@@ -8,6 +8,7 @@ only in the packages that the model's own modules come from.
 
 from __future__ import annotations
 
+import base64
 import enum
 import functools
 import importlib
@@ -121,6 +122,10 @@ class _Writer:
             return {"$": "module", "name": self._modules[id(value)]}
         if isinstance(value, torch.Size):
             return {"$": "size", "items": list(value)}
+        if (
+            type(value) is torch.Tensor and value.device.type != "meta"
+        ):  # kept from a forward pass, or made with it
+            return {"$": "tensor", "tensor": _tensor(value), "bytes": _bytes(value)}
         if isinstance(value, (torch.dtype, torch.device)):
             return {"$": type(value).__name__, "value": str(value)}
         if type(value) in (list, tuple, set, frozenset):
@@ -168,6 +173,7 @@ class _Reader:
             "float": lambda v: float(v["value"]),
             "module": lambda v: self._modules[v["name"]],
             "size": lambda v: torch.Size(v["items"]),
+            "tensor": lambda v: _filled(v["tensor"], v["bytes"]),
             "dtype": lambda v: getattr(torch, v["value"].removeprefix("torch.")),
             "device": lambda v: torch.device(v["value"]),
             "list": lambda v: self._items(v),
@@ -242,6 +248,18 @@ def _tensor(value: torch.Tensor | None) -> dict[str, Any] | None:
     if value is None:
         return None
     return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _bytes(value: torch.Tensor) -> str:
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return base64.b64encode(flat.view(torch.uint8).numpy().tobytes()).decode("ascii")
+
+
+def _filled(entry: Mapping[str, Any], text: str) -> torch.Tensor:
+    dtype = getattr(torch, entry["dtype"])
+    content = bytearray(base64.b64decode(text))
+    flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    return flat.clone().reshape(entry["shape"])
 
 
 def _empty(entry: Mapping[str, Any] | None, parameter: bool) -> Any:

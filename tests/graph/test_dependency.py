@@ -115,6 +115,34 @@ def test_tied_weights_stay_tied():
     assert model.mid.weight.shape == (6, 6)
 
 
+def test_weights_of_a_norm_keep_their_order_however_many_go():
+    net = nn.Sequential(nn.Linear(4, 192), nn.LayerNorm(192), nn.Linear(192, 2))
+    graph = build_graph(net, torch.randn(1, 4))
+    net[1].weight.data = torch.arange(192.0)
+    next(iter(graph.get_all_groups())).prune([i for i in range(192) if i % 7])
+    assert net[1].weight.tolist() == list(range(0, 192, 7))
+    assert net[1].normalized_shape == (28,)
+
+
+class Biased(nn.Module):
+    """A table over two axes of positions, as in Swin v2: channels of its network meet those of the trunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(3, 3, 2))
+        self.cpb, self.a, self.b = nn.Linear(2, 4), nn.Linear(6, 9), nn.Linear(9, 2)
+
+    def forward(self, x):
+        bias = self.cpb(self.table).view(9, 4).sum(1)
+        return self.b(self.a(x).relu() + bias.mean())
+
+
+def test_what_every_channel_depends_on_ties_none_of_them():
+    graph = build_graph(made(Biased), VECTORS)
+    prove(graph)
+    assert [len(group.unit.unique()) for group in graph.get_all_groups() if group.unit.numel() == 9] == [9]
+
+
 def test_groups_shrink_after_a_step():
     model = made(C2f)
     graph = build_graph(model, NETS[C2f])
