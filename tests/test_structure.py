@@ -57,7 +57,6 @@ TOO_LONG: frozenset[str] = frozenset(
         "calibration/calibrated.py",
         "graph/dependency.py",
         "graph/proof.py",
-        "graph/rules.py",
         "importance/pro.py",
     }
 )

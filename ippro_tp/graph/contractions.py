@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .labels import varying
-from .rules import meet, rule
+from .meetings import apart, meet
+from .rules import rule
 
 if TYPE_CHECKING:
     from .provenance import Provenance
@@ -102,7 +103,7 @@ def _product(mode: Provenance, a: Tensor, b: Tensor) -> list[Tensor]:
             mode.union(merged[key], plane)
         else:
             merged[key] = plane
-    planes = mode.apart([mode.canonical(p) for p in merged.values() if bool(p.any())])
+    planes = apart(mode, [mode.canonical(p) for p in merged.values() if bool(p.any())])
     mode.site(planes, prefer=0 if any(0 in varying(p) for p in planes) else None)
     if not batched:
         planes = [p.squeeze(0) for p in planes]

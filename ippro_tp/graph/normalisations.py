@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .labels import varying
 from .masks import normalized
-from .rules import meet, rule
+from .meetings import meet
+from .rules import rule
 
 if TYPE_CHECKING:
     from .provenance import Provenance

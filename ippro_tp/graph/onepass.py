@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layers import forget_caches, unfused
-from . import contractions, normalisations, reductions  # noqa: F401  # they register rules
+from . import contractions, moves, normalisations, reductions  # noqa: F401  # they register rules
 from .labels import Facts
 from .provenance import Provenance, ReplayError
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .labels import Facts, Site, compact, rows_of, squeezed, varying
-from .rules import READERS, RULES, fallback, opaque
+from .meetings import fallback, opaque
+from .rules import READERS, RULES
 
 
 @dataclass(eq=False)
@@ -183,16 +184,6 @@ class Provenance(TorchDispatchMode):
                 self._stay = torch.cat([self._stay, torch.zeros(len(self.facts.classes), dtype=torch.bool)])
             self._stay[labels] = True
             self._stay[self.facts.classes.find(labels)] = True
-
-    def apart(self, planes: Sequence[Tensor]) -> list[Tensor]:
-        """Those of some canonical planes that vary: a channel that all elements belong to beside others stays."""
-        wide = [plane for plane in planes if varying(plane)]
-        if not wide:
-            return list(planes)
-        for plane in planes:
-            if not varying(plane):
-                self.fix(plane, "every channel of a tensor depends on it")
-        return wide
 
     def site(
         self, planes: Sequence[Tensor], fixed: frozenset[int] = frozenset(), prefer: int | None = None

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .labels import varying
 from .masks import reduced
-from .rules import pointwise, rule
+from .meetings import pointwise
+from .rules import rule
 
 if TYPE_CHECKING:
     from .provenance import Provenance
