@@ -1,4 +1,4 @@
-"""The calibration interface every criterion of this package shares: observe, calibrate, and what they keep."""
+"""The calibration interface that all criteria of this package share: observe, calibrate, merge, save."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Observation(Protocol):
 class Calibrated(abc.ABC):
     """Base of criteria whose scores are functions of sums gathered over a calibration set.
 
-    Every ``observe`` (and every ``calibrate``) starts anew; use :meth:`merge` to add calibrations up. An
-    exception inside leaves the previous statistics in place.
+    Every ``observe`` and ``calibrate`` replaces the previous statistics; use :meth:`merge` to combine
+    calibrations. An exception leaves the previous statistics in place.
     """
 
     needs_gradients = True
@@ -93,23 +93,23 @@ class Calibrated(abc.ABC):
         """Watch the model while your own loop runs.
 
         Args:
-            target: a ``torch_pruning`` pruner or ``DependencyGraph``; or a model, whose groups are then traced
-                from the first batch. Of a DistributedDataParallel wrapper its ``.module`` is taken.
-            **options: of the criterion; see its ``observe`` or class docstring.
+            target: a ``torch_pruning`` pruner or ``DependencyGraph``, or a model, whose groups are then traced
+                from the first batch. A DistributedDataParallel wrapper stands for its ``.module``.
+            **options: of the criterion; see its class docstring.
 
         Yields:
             This object.
 
         Raises:
-            ObservationError: what the loop did cannot be used; the message says what to change.
+            ObservationError: the passes of the loop cannot be used; the message says what to change.
             TypeError: ``target`` is none of the above.
             RuntimeError: the ranks observed different models.
 
-        On exit, also after an exception, hooks, ``.grad``, buffers, ``requires_grad`` and train/eval flags of
-        the model are as before. An optimizer step inside does nothing: there are no gradients to step along.
+        On exit, even after an exception, hooks, ``.grad``, buffers, ``requires_grad`` and train/eval flags of the
+        model are restored. An optimizer step inside has no effect: there are no gradients.
 
-        Under ``torch.distributed`` every rank has to enter. On exit the statistics are added up over the ranks;
-        if one of them failed, all raise and keep what they had.
+        Under ``torch.distributed`` every rank has to enter. On exit the statistics are summed over the ranks; if
+        one of them failed, all raise and keep their previous statistics.
         """
         graph, model = resolve(target)
         if self.needs_gradients and torch.is_inference_mode_enabled():
@@ -167,14 +167,13 @@ class Calibrated(abc.ABC):
         Args:
             target: as for :meth:`observe`.
             loader: iterable of ``(inputs, targets)`` batches, or of inputs alone where no targets are needed.
-                ``inputs`` is a tensor, a tuple of positional or a dict of keyword arguments; tensors are moved
-                to the model's device.
-            loss_fn: ``(outputs, targets) -> scalar``, averaged over the batch; ``None`` takes the criterion's
-                own loss.
-            max_samples: stop after so many samples; the last batch is cut.
+                ``inputs`` is a tensor, a tuple of positional arguments or a dict of keyword arguments; tensors
+                are moved to the model's device.
+            loss_fn: ``(outputs, targets) -> scalar``, averaged over the batch; ``None``: the criterion's own loss.
+            max_samples: stop after this many samples; the last batch is truncated.
             progress: show a progress bar if tqdm is installed.
-            passes: how often the loader is gone through. A loss that draws noise, as ``PROImportance``'s own does,
-                draws anew each time: five passes over 200 images rank better than one.
+            passes: number of passes over the loader. A loss that draws noise, such as ``PROImportance``'s own,
+                draws it anew in each: five passes over 200 images rank better than one.
             **options: passed on to :meth:`observe`.
 
         Returns:
@@ -182,7 +181,7 @@ class Calibrated(abc.ABC):
 
         Raises:
             ValueError: the loader is empty, or ``loss_fn`` does not return a scalar tensor; ``passes`` is less
-                than one, or more and the loader is an iterator.
+                than one, or greater than one for an iterator.
             ObservationError: see :meth:`observe`.
         """
         passes = whole_number("passes", passes, "of times that the loader is gone through")
@@ -230,7 +229,7 @@ class Calibrated(abc.ABC):
         self._model, self._known, self._fingerprint = None, _Known(), {}
 
     def merge(self, other: Calibrated) -> None:
-        """Add the statistics of another object, calibrated on other data with the same model and settings.
+        """Add the statistics of another object that was calibrated on other data with the same model and settings.
 
         Raises:
             NotCalibratedError: ``other`` holds no statistics.
@@ -251,7 +250,7 @@ class Calibrated(abc.ABC):
         self._cache = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Statistics and groups, of plain types and CPU tensors (``torch.load(..., weights_only=True)``).
+        """Statistics and groups as plain types and CPU tensors, fit for ``torch.load(..., weights_only=True)``.
 
         Raises:
             NotCalibratedError: there is nothing to save.
@@ -268,11 +267,11 @@ class Calibrated(abc.ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, here or in another process.
+        """Restore what :meth:`state_dict` returned, here or in another process.
 
         Raises:
-            ValueError: the state was made with other settings, or by another version, or is something else. What
-                was calibrated before is then still there.
+            ValueError: the state was made with other settings or by another version, or is not such a state. The
+                previous statistics are then kept.
         """
         loaded = copy.copy(self)
         try:

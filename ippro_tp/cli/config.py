@@ -25,117 +25,118 @@ NEUTRAL = (
     "out", "dry_run", "workers", "checkpoint_every", "check_images", "export_onnx", "config", "data_dir",
     "checkpoint",
 )  # fmt: skip
-"""Flags that do not change the network that comes out; weights and images are compared themselves."""
+"""Flags that do not affect the resulting network; weights and images are compared by content."""
 
 
 @dataclass(frozen=True)
 class PruneRunConfig:
-    """Prune a network to a target, fine-tune it, save it with a report. Killed, the same command goes on."""
+    """Prune a network to a target, fine-tune it, save it with a report. Repeat the command to resume."""
 
     config: Path | None = None
-    """Take flags from this YAML file; those on the command line win."""
+    """Read flags from this YAML file; those on the command line take precedence."""
     model: str = ""
     """Name of the network in its library."""
     library: Literal["timm", "torchvision", "cifar", "python"] = "timm"
     """cifar: networks for 32x32 images (resnet20, resnet56, vgg19, ...); python: --model PACKAGE.MODULE:FUNCTION,
-    importable from here, is called with num_classes; timm's pretrained_cfg on the model tells size and colours."""
+    importable from the current folder, is called with num_classes; a pretrained_cfg attribute on the model, as in
+    timm, sets the size and normalisation of images."""
     pretrained: bool = False
     """Start from the library's own weights (downloaded)."""
     checkpoint: Path | None = None
     """Start from these weights: .safetensors, or a PyTorch state dict."""
     train_epochs: int = 0
-    """First train the unpruned network for so many epochs by the same recipe."""
+    """Train the unpruned network for this many epochs first, by the same recipe."""
     data_dir: Path | None = None
     """Folder with train/ and val/ (or test/), each with a folder of images per class; for --task segmentation,
     each with images/ and masks/."""
     task: Literal["classification", "segmentation"] = "classification"
-    """segmentation: masks of class numbers; mean intersection over union instead of accuracy."""
+    """segmentation: masks of class numbers, judged by mean intersection over union instead of accuracy."""
     ignore_index: int = 255
-    """Number in masks that stands for no class."""
+    """Number in masks that means no class."""
     macs: float | None = None
-    """Target: remaining MACs as a fraction of the unpruned network's."""
+    """Target: MACs to keep, as a fraction of the unpruned network's."""
     params: float | None = None
-    """Target: remaining parameters as a fraction."""
+    """Target: parameters to keep, as a fraction."""
     latency: float | None = None
-    """Target: remaining time of a forward pass as a fraction, measured on --device."""
+    """Target: time of a forward pass to keep, as a fraction, measured on --device."""
     pruning_ratio: float | None = None
-    """Instead of a target: the fraction of channels to remove."""
+    """Target: the fraction of channels to remove."""
     layer_ratios: tuple[str, ...] = ()
-    """With --pruning-ratio: other ratios of some layers, as PATTERN=RATIO; the first regular expression found in
-    the name of a layer of a group decides."""
+    """With --pruning-ratio: different ratios for some layers, as PATTERN=RATIO; the first regular expression found
+    in the name of a layer of a group decides."""
     round_to: int = 0
-    """Widths are multiples of this; 0 for any."""
+    """Make widths multiples of this; 0 for any width."""
     max_pruning_ratio: float = 0.9
-    """Largest ratio per layer, over all steps."""
+    """Largest fraction of its channels that a layer may lose, over all steps."""
     importance: str = "pro"
     """pro, l1, l2, bn, lamp, fpgm, taylor, hessian, ispasp, random, ...; or PACKAGE.MODULE:CLASS."""
     cost: Literal["auto", "none", "macs", "params"] = "auto"
-    """Divide scores by what a channel costs, in the global scope; auto: for PRO, in the unit of the target."""
+    """Divide scores by the cost of a channel, in the global scope; auto: for pro, in the unit of the target."""
     depletion: Literal["auto", "none", "log", "coupled"] = "auto"
-    """log: scores rise as their group is emptied, in the global scope; coupled: besides, by how channels go
-    together (pro only); auto: coupled for pro, where there is a cost."""
+    """log: scores rise as their group is emptied, in the global scope; coupled: the covariance of channels counts
+    too (pro only); auto: coupled for pro if there is a cost."""
     scope: Literal["global", "local"] = "global"
-    """global: one ranking over all layers; local: the same ratio in each layer."""
+    """global: one ranking over all layers; local: the same ratio in every layer."""
     steps: int = 1
-    """Prune in so many steps, calibrating anew before each."""
+    """Number of pruning steps, each with its own calibration."""
     compensate: bool = True
-    """Refit each layer of the pruned network to what it gave before."""
+    """Refit each layer of the pruned network to its outputs before pruning."""
     recover: bool = False
-    """After that, distil the unpruned network into it on the calibration images, without labels: minutes."""
+    """Then distil the unpruned network into it on the calibration images, without labels; takes minutes."""
     bn_reestimate: Literal["auto", "always", "never"] = "auto"
-    """Re-estimate BatchNorm statistics after pruning; auto: without compensation, which sets the means itself."""
+    """Re-estimate BatchNorm statistics after pruning; auto: only without compensation, which sets the means."""
     calibration_images: int = 256
-    """Training images for scores, compensation and BatchNorm."""
+    """Number of training images for scores, compensation and BatchNorm."""
     finetune_epochs: int = 0
     """Epochs of fine-tuning after pruning."""
     lr: float = 0.01
     """Largest learning rate."""
     train_lr: float | None = None
-    """Largest learning rate of --train-epochs; by default that of the fine-tuning."""
+    """Largest learning rate of --train-epochs; by default the same as --lr."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has Nesterov momentum 0.9."""
     weight_decay: float = 1e-4
     """Weight decay."""
     norm_weight_decay: float | None = None
-    """Weight decay of normalisation layers, if another."""
+    """Weight decay of normalisation layers, if different."""
     norm_momentum: float | None = None
-    """Momentum of normalisation layers, if another (sgd only)."""
+    """Momentum of normalisation layers, if different (sgd only)."""
     norm_statistics: Literal["batch", "frozen"] = "batch"
-    """frozen: BatchNorm keeps, in fine-tuning, the statistics that the compensation has counted on."""
+    """frozen: in fine-tuning, BatchNorm keeps the running statistics that the compensation relies on."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """cosine: to zero over the run; step: divided by ten every --lr-step epochs."""
+    """cosine: falls to zero over the run; step: divided by ten every --lr-step epochs."""
     lr_step: int = 40
-    """Epochs between the steps of --schedule step."""
+    """Number of epochs between steps of --schedule step."""
     amp: bool = False
-    """Train in mixed precision (bfloat16 where there is, else float16 with loss scaling)."""
+    """Train in mixed precision (bfloat16 if supported, else float16 with loss scaling)."""
     distill: bool = False
-    """Learn from the unpruned network too: half of the loss is the divergence from its softened prediction."""
+    """Also learn from the unpruned network: half of the loss is the divergence from its softened prediction."""
     augmentation: Literal["auto", "crop", "shift", "flip", "none"] = "auto"
-    """crop: random resized crop and mirror; shift: by up to an eighth, and mirror (cifar's default)."""
+    """crop: random resized crop and mirroring; shift: by up to an eighth, and mirroring (the default of cifar)."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random numbers."""
     batch_size: int = 64
     """Images per step."""
     img_size: int | None = None
-    """Size of the images; by default the network's own."""
+    """Size of the images; by default that of the network."""
     train_images: int = 0
-    """Use a fixed random part of the training images; 0 for all."""
+    """Number of training images to use, a fixed random sample; 0 for all."""
     val_images: int = 0
-    """Use a fixed random part of the validation images; 0 for all."""
+    """Number of validation images to use, a fixed random sample; 0 for all."""
     workers: int = 2
-    """Processes that decode images; 0 for none."""
+    """Number of processes that decode images; 0: the main process."""
     check_images: bool = True
-    """Decode all images once before anything else."""
+    """Decode all images once before anything else, to find damaged ones."""
     checkpoint_every: int = 200
-    """Steps between checkpoints within an epoch; 0 for one per epoch."""
+    """Number of training steps between checkpoints; 0: one checkpoint per epoch."""
     device: str = "auto"
-    """cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
     out: Path = Path("runs/prune")
-    """Folder of the result."""
+    """Output folder."""
     export_onnx: bool = False
-    """Also write model.onnx, checked with onnxruntime (pip install ippro-tp[onnx])."""
+    """Also write model.onnx and check it with onnxruntime (pip install ippro-tp[onnx])."""
     dry_run: bool = False
-    """Only print what would be pruned; write nothing."""
+    """Print what would be pruned; write nothing."""
 
     @property
     def target(self) -> tuple[str, float]:
@@ -238,8 +239,8 @@ def check(config: PruneRunConfig) -> None:
         )
     if config.depletion == "coupled" and not named.priced:
         raise UsageError(
-            f"--depletion coupled is not for --importance {config.importance}, which does not know how channels "
-            "go together; log is for all that have no sign"
+            f"--depletion coupled is not for --importance {config.importance}, which does not know the covariance "
+            "of channels; use log"
         )
     layer_ratios(config)
 
@@ -267,30 +268,31 @@ def identity(config: PruneRunConfig, weights: str, images: dict[str, int]) -> di
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Show what a prune has written, or several side by side."""
+    """Show the report of one prune, or compare several."""
 
     directory: Positional[Path]
-    """The --out folder of one ``prune``, or the folder that holds those of several."""
+    """The --out folder of one ``prune``, or a folder that contains several."""
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show what can be pruned of a network, and what would be left whole and why; nothing is pruned."""
+    """Show what can be pruned of a network, and what would be left whole and why, without pruning it."""
 
     model: str
     """Name of the network in its library."""
     library: Literal["timm", "torchvision", "cifar", "python"] = "timm"
     """cifar: networks for 32x32 images (resnet20, resnet56, vgg19, ...); python: --model PACKAGE.MODULE:FUNCTION,
-    importable from here, is called with num_classes; timm's pretrained_cfg on the model tells size and colours."""
+    importable from the current folder, is called with num_classes; a pretrained_cfg attribute on the model, as in
+    timm, sets the size of images."""
     task: Literal["classification", "segmentation"] = "classification"
-    """Of torchvision's networks."""
+    """Kind of torchvision network."""
     num_classes: int = 1000
     """Number of outputs."""
     img_size: int | None = None
-    """Size of the images; by default the network's own."""
+    """Size of the images; by default that of the network."""
     pretrained: bool = False
-    """Take the library's own weights (downloaded); they change nothing of what can be pruned."""
+    """Use the library's own weights (downloaded); they do not affect what can be pruned."""
     checkpoint: Path | None = None
-    """Take these weights."""
+    """Use these weights."""
     json: bool = False
     """Print JSON instead of a table."""

@@ -16,10 +16,11 @@ class Bound:
     _pruner: weakref.ref[Any] | None = None
 
     def bind(self, pruner: Any | None) -> None:
-        """Take what only a pruner knows from ``pruner``: its heads, convolution groups and next target size.
+        """Choose the pruner that defines heads, convolution groups and the next target size.
 
-        One calibration serves several pruners of the same model, or of copies of it. The pruner that is calibrated
-        is bound, and so is one whose ``step()`` asks; ``bind`` is for scores asked outside of a step.
+        One calibration serves several pruners of the same model, or of copies of it. The pruner that was
+        calibrated is bound, and so is one whose ``step()`` is running; ``bind`` is for scores requested outside a
+        step.
 
         Args:
             pruner: a ``tp.pruner.BasePruner``; ``None`` for none.

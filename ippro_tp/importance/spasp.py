@@ -28,34 +28,34 @@ Signed = Literal["sum", "abs", "gated"]
 
 
 class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignore[misc]
-    r"""Importance of channels by i-SpaSP: which channels' sums rebuild the outputs of the layers that read them.
+    r"""Importance of channels by i-SpaSP: how much their summed activations matter to the layers that read them.
 
     Source: Wolfe and Kyrillidis, "i-SpaSP: Structured Neural Pruning via Sparse Signal Recovery", PMLR v168,
-    Algorithms 1 and 2. Forward passes only; all groups are calibrated in one pass over the data.
+    Algorithms 1 and 2. It needs forward passes only; all groups are calibrated in one pass over the data.
 
-    In the step of a local pruner, and for one that was given to ``observe``, ``calibrate`` or :meth:`bind`, the
-    channels that are kept are exactly the paper's set S for the size that the step leaves. Under a global pruner,
-    or without one, channels are ordered by the share of all target sizes whose S holds them. Up to a pruning ratio
-    of 0.5 the paper's algorithm *is* the ranking by summed activations: the 2 s candidates are then all channels,
-    whatever the weights. So is a schedule of ``iterative_steps`` that each keep half or more.
+    For a local pruner, in its step or given to ``observe``, ``calibrate`` or :meth:`bind`, the channels that are
+    kept are exactly the paper's set S for the size that the step leaves. For a global pruner, or without one,
+    channels are ordered by the fraction of all target sizes whose S contains them. Up to a pruning ratio of 0.5
+    the paper's algorithm *is* the ranking by summed activations: the 2 s candidates are then all channels,
+    whatever the weights. The same holds for ``iterative_steps`` that each keep half or more.
 
-    Extensions that are ours, not the paper's: ``signed="abs"`` and ``"gated"``; the scale between groups that
-    makes those orders comparable, the relative error of the consumers' mean output (see
-    :func:`estimators.spasp_math.removal_scores`); several consumers, whose squared residuals are added up.
+    Extensions of the paper: ``signed="abs"`` and ``"gated"``; the scale that makes orders of different groups
+    comparable, the relative error of the consumers' mean output (see
+    :func:`estimators.spasp_math.removal_scores`); several consumers, whose squared residuals are added.
 
     Args:
-        iterations: at most so many of Algorithm 1; it stops when S repeats, after 2 or 3 as a rule.
-        bias: whether the first residual is the whole output of the consumer, as in the authors' code: with its
-            bias, the shift of its BatchNorm and what other, concatenated channels bring. False takes only what
-            the group's channels bring, which is Algorithm 1 to the letter.
-        signed: how activations of either sign (GELU, linear streams) are treated. ``"sum"``: the paper's, made
-            for ReLU. ``"abs"``: the threshold is on the sum of magnitudes. ``"gated"``: importance of a channel
-            is the inner product of its contribution to the output with the residual, sample by sample, and the
-            threshold is on the contribution's energy. Needs second moments: calibration costs more, and memory
-            grows with the square of ``channels * kernel size``.
+        iterations: largest number of iterations of Algorithm 1; it stops when S repeats, usually after 2 or 3.
+        bias: whether the first residual is the consumer's whole output, as in the authors' code: with its bias,
+            the shift of its BatchNorm and the contribution of other, concatenated channels. ``False`` takes only
+            the contribution of the group's channels, which is Algorithm 1 as published.
+        signed: how activations of either sign (GELU, linear streams) are treated. ``"sum"``: as in the paper,
+            which assumes ReLU. ``"abs"``: the threshold is on the sum of magnitudes. ``"gated"``: importance is
+            the inner product of a channel's contribution with the residual, sample by sample, and the threshold
+            is on the contribution's energy. This needs second moments: calibration takes longer, and memory grows
+            with the square of ``channels * kernel size``.
 
     Raises:
-        ValueError: an option is none of the above.
+        ValueError: an option is unknown.
 
     Example:
         >>> import torch, torch_pruning as tp
@@ -152,16 +152,16 @@ class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ign
 
         Args:
             group: a ``torch_pruning`` group, full or partial.
-            **_: ignored; older versions of Torch-Pruning pass more.
+            **_: ignored; older versions of Torch-Pruning pass more arguments.
 
         Returns:
-            ``(len(group[0].idxs),)`` float32 on the device of the group's layers, finite, higher = keep; ``None``
-            only where no Conv or Linear layer reads the group (or none that ran during calibration): the paper
-            scores a layer by the one after it.
+            ``(len(group[0].idxs),)`` float32 on the device of the group's layers, finite; higher = keep. ``None``
+            only if no Conv or Linear layer that ran during calibration reads the group: the paper scores a layer
+            by the one after it.
 
         Raises:
             NotCalibratedError: there are no statistics for this group.
-            StaleStatisticsError: the model has been pruned since calibration.
+            StaleStatisticsError: the model was pruned after calibration.
         """
         found = self._lookup(group)
         if found is None:

@@ -1,4 +1,4 @@
-"""What pruning a model would act on, before any pruning: groups, widths, MACs, reasons."""
+"""What can be pruned of a model, before any pruning: groups, widths, MACs, reasons."""
 
 from __future__ import annotations
 

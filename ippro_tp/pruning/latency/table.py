@@ -1,4 +1,4 @@
-"""LatencyTable: what each operation of a model takes at the widths that pruning can reach, on this machine."""
+"""LatencyTable: the time of each operation of a model at the widths that pruning can reach, on this machine."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class LatencyTable:
-    """Times of a model's operations over their widths, on one machine, for one kind of input.
+    """Times of a model's operations as functions of their widths, on one machine, for one input size.
 
-    Made by :meth:`measure`. ``cost=table`` makes an importance rank channels by loss per second saved.
+    Created by :meth:`measure`. With ``cost=table`` an importance ranks channels by loss per second saved.
 
     Attributes:
-        families: operations that are alike, with their times.
+        families: sets of identical operations, with their times.
         gauges: by group, where its width can be read off a model.
-        anchors: models that were measured as a whole: the unpruned one, one at half widths, and one that is cut
-            unevenly and serves to check predictions.
-        identity: under which conditions all this was measured.
+        anchors: models that were measured as a whole: the unpruned one, one at half its widths, and one that is
+            pruned unevenly, to check predictions.
+        identity: the conditions of the measurement.
     """
 
     families: tuple[Family, ...]
@@ -61,25 +61,25 @@ class LatencyTable:
         seconds: float = 40.0,
         timer: Clock | None = None,
     ) -> LatencyTable:
-        """Time each kind of operation of ``model`` at several widths, and the whole beside it.
+        """Time each kind of operation of ``model`` at several widths, and the model as a whole.
 
-        Operations are run by themselves, in turns, with as many threads as torch has now and under the autocast
-        that is on now. The model is left as it is.
+        Operations are run one by one, interleaved, with torch's current number of threads and under the current
+        autocast state. The model is not changed.
 
         Args:
-            model: as it will be run: its device, dtype and memory format count.
-            example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; of the batch size whose
-                latency matters.
-            forward_fn: ``(model, inputs) -> outputs``, where ``model(inputs)`` is not how the model is called.
-            output_transform: picks what matters out of the model's outputs, for tracing.
-            structure: what can be pruned of the model, if it has been read already.
-            compile: the model will run under ``torch.compile``: the whole is measured so. Operations are measured
-                as they are; what compilation saves is taken to be shared by all of them.
-            seconds: to be spent on timing, about; fewer widths and rounds are measured where they do not suffice.
-            timer: seconds that go by; ``None``: the wall clock, which waits for the accelerator.
+            model: on the device, with the dtype and memory format in which it will run.
+            example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, of the batch
+                size whose latency matters.
+            forward_fn: ``(model, inputs) -> outputs``, if ``model(inputs)`` is not how the model is called.
+            output_transform: selects the outputs that matter, for tracing.
+            structure: what can be pruned of the model, if it was read before.
+            compile: measure the whole model under ``torch.compile``. Operations are measured eagerly; the speed-up
+                of compilation is assumed to be the same for all of them.
+            seconds: approximate time to spend; if it is short, fewer widths and repetitions are measured.
+            timer: returns the time in seconds; ``None``: the wall clock, after waiting for the accelerator.
 
         Raises:
-            StructureError: the model cannot be traced or cut.
+            StructureError: the model cannot be traced or pruned.
         """
         clock = timing.wall_clock if timer is None else timer
         if structure is None:
@@ -146,10 +146,10 @@ class LatencyTable:
         return (self._sum(full.gone), full.seconds), (self._sum(half.gone), half.seconds)
 
     def predict(self, model: nn.Module) -> float:
-        """Predicted seconds of a forward pass of ``model``, which was pruned from the one that was measured.
+        """Predict the seconds of a forward pass of ``model``, a pruned version of the measured model.
 
         Raises:
-            LatencyTableError: it was not.
+            LatencyTableError: ``model`` was not pruned from the measured model.
         """
         return self.seconds(self.gone(model))
 
@@ -247,11 +247,12 @@ class LatencyTable:
         """Read a table that :meth:`save` wrote.
 
         Args:
-            path: of the file.
-            override: also where device, threads or version of torch are others than those it was measured with.
+            path: the file.
+            override: accept a table that was measured on another device, with another number of threads or
+                another version of torch.
 
         Raises:
-            LatencyTableError: the table was measured under other conditions, or is none.
+            LatencyTableError: the table was measured under other conditions, or the file is not a table.
         """
         try:
             state = json.loads(Path(path).read_text())
