@@ -57,9 +57,10 @@ class Compensation(KeptInputs):
     Layer by layer, in forward order, the weight is replaced by the ridge regression of the layer's outputs in the
     unpruned model on its inputs in the pruned one, in which all layers before it are already refitted
     (:mod:`compensation.regression`). The part of a removed channel that the remaining ones predict is folded into
-    their weights, and errors of earlier layers are corrected. The mean goes into the bias, or into the running
-    mean of a BatchNorm that is the only reader of the output. Neither labels nor gradients are needed, and any
-    criterion can be used.
+    their weights, and errors of earlier layers are corrected. Where the output is added to another tensor, as in
+    residual streams, the target is the sum (:mod:`compensation.additions`). The mean goes into the bias, or into
+    the running mean of a BatchNorm that is the only reader of the output. Neither labels nor gradients are needed,
+    and any criterion can be used.
 
     Supported are convolutions of any stride, padding, dilation and grouping, transposed convolutions, Linear
     layers and the projections of ``nn.MultiheadAttention``, also after flattening or concatenation, in residual
