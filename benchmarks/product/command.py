@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.errors import UsageError
 from benchmarks.tasks import Task, TaskConfig, build_task
+from benchmarks.tasks.imagefolder import unlabelled
 from ippro_tp import IPPROError, PROImportance, Recovery, SpaSPImportance, prune
 
 IMPORTANCES: dict[str, Callable[[], Any]] = {
@@ -35,9 +36,10 @@ IMPORTANCES: dict[str, Callable[[], Any]] = {
 }
 """Torch-Pruning's as it ships them, ranked by the same loop, which knows heads and keeps every group alive."""
 COLUMNS = (
-    "model", "importance", "refit", "scope", "target", "seed", "status", "macs", "params", "accuracy", "among",
-    "agreement", "seconds",
+    "model", "importance", "refit", "scope", "target", "seed", "calibration", "status", "macs", "params",
+    "accuracy", "among", "agreement", "other", "seconds",
 )  # fmt: skip
+KEY = COLUMNS[: COLUMNS.index("status")]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class ProductConfig:
     scopes: tuple[str, ...] = ("global",)
     seeds: tuple[int, ...] = (0,)
     """Of the calibration sample, and of all that is random."""
+    calibration_dir: Path | None = None
+    """Images of another domain for the calibration, in any layout (imagefolder only); none: the task's own."""
+    other_dir: Path | None = None
+    """Images of another domain, on which agreement is counted besides (imagefolder only)."""
     calibration_images: int = 1000
     test_images: int = 2000
     """0: all."""
@@ -69,35 +75,58 @@ def run(config: ProductConfig) -> None:
     torch.set_num_threads(config.threads)
     task = build_task(config.task)
     images, labels = _joined(task, config)
-    wanted = _outputs(task.model, images, config.task)
+    others = (
+        [] if config.other_dir is None else unlabelled(config.task, config.other_dir, config.test_images or 500)
+    )
+    judge = _Judge(config.task, images, labels, others, task.model)
     done = _read(config.out)
-    base = _figures(wanted, wanted, labels)
-    _write(config.out, done, [task.model_name, "none", "none", "all", 1.0, 0, "ok", 1.0, 1.0, *base, 0.0])
+    source = "own" if config.calibration_dir is None else config.calibration_dir.name
+    base = [task.model_name, "none", "none", "all", 1.0, 0, "none"]
+    _write(config.out, done, [*base, "ok", 1.0, 1.0, *judge.figures(task.model), 0.0])
     for seed in config.seeds:
-        loader = task.calibration(seed, config.calibration_images, min(50, config.task.batch_size))
+        loader = _calibration(task, config, seed)
         for scope in config.scopes:
             for target in config.targets:
                 for name in config.importances:
                     for refit in config.refits:
-                        cell = (task.model_name, name, refit, scope, target, seed)
+                        cell = (task.model_name, name, refit, scope, target, seed, source)
                         if tuple(map(str, cell)) not in done:
-                            _write(
-                                config.out,
-                                done,
-                                [*cell, *_cell(task, config, loader, images, labels, wanted, cell)],
-                            )
+                            _write(config.out, done, [*cell, *_cell(task, loader, judge, cell)])
 
 
-def _cell(
-    task: Task,
-    config: ProductConfig,
-    loader: list,
-    images: list[Tensor],
-    labels: Tensor,
-    wanted: Tensor,
-    cell: tuple,
-) -> list:
-    _, name, refit, scope, target, seed = cell
+@dataclass
+class _Judge:
+    """What is measured of a model: against labels, and against the unpruned model."""
+
+    config: TaskConfig
+    images: list[Tensor]
+    labels: Tensor
+    others: list[Tensor]
+    unpruned: nn.Module
+
+    def __post_init__(self) -> None:
+        self._wanted = _outputs(self.unpruned, self.images, self.config)
+        self._others = _outputs(self.unpruned, self.others, self.config) if self.others else None
+
+    def figures(self, model: nn.Module) -> list[float | str]:
+        """Per cent: top-1, top-1 among the classes that occur, agreement; agreement on the other images."""
+        found = _figures(_outputs(model, self.images, self.config), self._wanted, self.labels)
+        if self._others is None:
+            return [*found, ""]
+        same = _outputs(model, self.others, self.config).argmax(1) == self._others.argmax(1)
+        return [*found, round(100 * float(same.float().mean()), 2)]
+
+
+def _calibration(task: Task, config: ProductConfig, seed: int) -> list:
+    if config.calibration_dir is None:
+        return task.calibration(seed, config.calibration_images, min(50, config.task.batch_size))
+    images = torch.cat(unlabelled(config.task, config.calibration_dir, 4 * config.calibration_images))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return list(images[order[: config.calibration_images]].split(min(50, config.task.batch_size)))
+
+
+def _cell(task: Task, loader: list, judge: _Judge, cell: tuple) -> list:
+    _, name, refit, scope, target, seed, _ = cell
     loss_fn = F.cross_entropy if name == "taylor" else None
     start = time.perf_counter()
     try:
@@ -116,10 +145,9 @@ def _cell(
         if refit == "recovery":
             Recovery(seed=seed).calibrate(task.model, loader, progress=False).run(result.model, task.model)
     except IPPROError as error:
-        return [f"{type(error).__name__}: {str(error).splitlines()[0][:150]}", *[""] * 6]
+        return [f"{type(error).__name__}: {str(error).splitlines()[0][:150]}", *[""] * 7]
     seconds = time.perf_counter() - start
-    figures = _figures(_outputs(result.model, images, config.task), wanted, labels)
-    return ["ok", round(result.macs, 4), round(result.params, 4), *figures, round(seconds, 1)]
+    return ["ok", round(result.macs, 4), round(result.params, 4), *judge.figures(result.model), round(seconds, 1)]
 
 
 def _joined(task: Task, config: ProductConfig) -> tuple[list[Tensor], Tensor]:
@@ -145,11 +173,11 @@ def _read(path: Path) -> set[tuple[str, ...]]:
     if not path.exists():
         return set()
     with path.open(newline="") as file:
-        return {tuple(row[name] for name in COLUMNS[:6]) for row in csv.DictReader(file)}
+        return {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
 
 
 def _write(path: Path, done: set[tuple[str, ...]], row: list) -> None:
-    key = tuple(map(str, row[:6]))
+    key = tuple(map(str, row[: len(KEY)]))
     if key in done:
         return
     done.add(key)

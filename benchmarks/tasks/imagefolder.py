@@ -10,6 +10,7 @@ import torchvision
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from benchmarks.errors import UsageError
 from benchmarks.models.checkpoints import load_checkpoint
@@ -76,6 +77,25 @@ def build(config: TaskConfig) -> Task:
     train, test = (FolderImages(folder, transform, num_classes) for folder in folders)
     example = torch.zeros(1, *data_config["input_size"])
     return Task("imagefolder", config.model, model, example, train, test, num_classes, ignored, augment=_flip)
+
+
+def unlabelled(config: TaskConfig, folder: Path, count: int) -> list[Tensor]:
+    """Return an even choice of the images anywhere under ``folder``, as the network takes them, in batches.
+
+    Args:
+        config: of the task; its network decides how images are prepared.
+        folder: image files in any layout.
+        count: how many; all if there are fewer.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in {*IMG_EXTENSIONS, ".webp"})
+    if not paths:
+        raise UsageError(f"{folder} holds no images")
+    paths = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
+    _, data_config = _create(config.model, pretrained=False)
+    if config.crop_pct is not None:
+        data_config["crop_pct"] = config.crop_pct
+    transform = create_transform(**data_config, is_training=False)
+    return list(torch.stack([transform(default_loader(str(p))) for p in paths]).split(config.batch_size))
 
 
 _SPLITS = (("train",), ("val", "test"))
