@@ -14,6 +14,7 @@ from benchmarks.overhead import refit
 from benchmarks.paper import calibration_size, correlation, curves, lam, magnitude, mnist_two_layer, reconstruction
 from benchmarks.product import command as product
 from benchmarks.product import figure as product_figure
+from benchmarks.product import table as product_table
 from benchmarks.robustness import run as robustness
 from benchmarks.scan import command as scan
 from benchmarks.tasks import export
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "robustness": (robustness.RobustnessConfig, robustness.run),
     "product": (product.ProductConfig, product.run),
     "product-figure": (product_figure.FigureConfig, product_figure.run),
+    "product-table": (product_table.ProductTableConfig, product_table.run),
     "scan": (scan.ScanConfig, scan.run),
 }
 """Each command is a frozen dataclass of its flags and a function of that dataclass."""

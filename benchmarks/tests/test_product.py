@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.harness.finetune import Recipe
-from benchmarks.product.command import _figures
+from benchmarks.product.command import COLUMNS, _figures
 from benchmarks.tasks import digits
 
 WORDS = "product --task digits --importances l2 --refits none compensation --targets 0.6 --calibration-images 100"
@@ -31,6 +31,24 @@ def test_rows_are_added_once_and_drawn(tmp_path, monkeypatch):
     picture = tmp_path / "figure.png"
     assert main(["product-figure", "--rows", str(out), "--out", str(picture)]) == 0
     assert picture.stat().st_size > 1000
+
+
+def test_the_table_gives_means_over_seeds(tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text(
+        ",".join(COLUMNS) + "\n"
+        "net,none,none,all,1.0,0,none,ok,1.0,1.0,90.0,91.0,100.0,100.0,0\n"
+        "net,pro,none,global,0.5,0,own,ok,0.5,0.4,80.0,81.0,70.0,60.0,1\n"
+        "net,pro,none,global,0.5,1,own,ok,0.5,0.4,82.0,83.0,72.0,62.0,1\n"
+        "net,l2,none,global,0.75,0,own,TargetError: no,,,,,,,\n"
+    )
+    assert main(["product-table", "--rows", str(rows), "--values", "accuracy", "agreement"]) == 0
+    printed = capsys.readouterr().out
+    assert "unpruned 90.0 / 100.0" in printed
+    assert "| pro | none | global | own | 2 | 81.0" in printed
+    assert "71.0" in printed
+    assert "l2" not in printed
+    assert main(["product-table", "--rows", str(rows), "--values", "speed"]) == 2
 
 
 def test_an_unknown_importance_is_named(capsys):
