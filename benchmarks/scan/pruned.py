@@ -1,7 +1,7 @@
 """One model of ``scan --prune``: its groups are proved, it is pruned, and what comes out is checked.
 
 The reference is the unpruned model in which the removed channels are left out where they are read
-(:func:`ippro_tp.graph.proof.reference_outputs`), and, where it can tell, the slower one of the robustness bench,
+(:func:`ippro_tp.graph.trial.reference_outputs`), and, where it can tell, the slower one of the robustness bench,
 which shares no code with the package.
 """
 
@@ -26,7 +26,8 @@ from ippro_tp import PruneResult, TargetError, load_pruned, prune, save_pruned
 from ippro_tp.graph.dependency import RepairedGraph, build_graph
 from ippro_tp.graph.groups import read_group
 from ippro_tp.graph.onepass import fresh_copy, tensors_in
-from ippro_tp.graph.proof import cut, difference, prove, reference_outputs
+from ippro_tp.graph.proof import prove
+from ippro_tp.graph.trial import cut, difference, reference_outputs
 
 TARGETS = (0.7, 0.5)
 TOLERANCE = 1e-4

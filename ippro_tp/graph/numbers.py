@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from .axes import Axis, number_axis
@@ -90,6 +92,34 @@ def proposals(graph: RepairedGraph, *, children: bool = False) -> list[Axis]:
             if choices:
                 found.append(number_axis(name, leaf, entry, choices[0], graph.layout))
     return found
+
+
+def ties(graph: RepairedGraph, groups: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Vectors of as many channels of two groups that a module sees.
+
+    Args:
+        graph: of the model.
+        groups: classes by key; others are not looked at.
+
+    Returns:
+        Pairs of ``(n,)`` labels.
+    """
+    owner = torch.zeros(len(graph.layout.classes), dtype=torch.long)
+    for number, classes in enumerate(groups.values(), 1):
+        owner[classes] = number
+    wanted = {len(a.labels) for a in graph.axes if a.is_root and f"{a.owner}.out" in groups}
+    found: dict[bytes, tuple[Tensor, Tensor]] = {}
+    for name in graph.facts.seen:
+        for choices in _vectors(graph, name, wanted, False).values():
+            firsts: dict[int, Tensor] = {}
+            for vector in choices:
+                groups_of = owner[vector]
+                if bool((groups_of > 0).all()) and bool((groups_of == groups_of[0]).all()):
+                    firsts.setdefault(int(groups_of[0]), vector)
+            vectors = list(firsts.values())
+            for one, other in itertools.pairwise(vectors):
+                found.setdefault(torch.cat([one, other]).numpy().tobytes(), (one, other))
+    return list(found.values())
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:

@@ -128,6 +128,25 @@ class Apart(nn.Module):
         return self.head((x + self.gamma * self.out(y))[:, 0])
 
 
+class AsWide(nn.Module):
+    """Two blocks of attention that reshapes by the width of its input and keeps the scale, as in CaiT."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.embed, self.head = 4, nn.Linear(5, 12), nn.Linear(12, 2)
+        self.qkv = nn.ModuleList(nn.Linear(12, 36) for _ in range(2))
+        self.proj = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for qkv, proj in zip(self.qkv, self.proj, strict=True):
+            n, t, c = x.shape
+            q, k, v = qkv(x).reshape(n, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c)
+            x = x + proj(y)
+        return self.head(x.mean(1))
+
+
 class Functional(nn.Module):
     """A layer's weight is used by ``F.linear``, with a bias that is put together, as in BEiT."""
 
@@ -251,7 +270,8 @@ class Multiplier(nn.Sequential):
 IMAGES, VECTORS, TOKENS = torch.randn(2, 3, 8, 8), torch.randn(3, 6), torch.randn(2, 4, 5)
 NETS = {
     C2f: IMAGES, Split: VECTORS, Slices: VECTORS, Concat: IMAGES, ChannelShuffle: IMAGES, PixelShuffle: IMAGES,
-    Roll: IMAGES, Flatten: IMAGES, Windows: IMAGES, Apart: TOKENS, Functional: torch.randn(2, 4, 6),
-    Multihead: TOKENS, Gate: VECTORS, Shared: torch.arange(6).view(2, 3), Unknown: VECTORS, Custom: VECTORS,
+    Roll: IMAGES, Flatten: IMAGES, Windows: IMAGES, Apart: TOKENS, AsWide: TOKENS,
+    Functional: torch.randn(2, 4, 6), Multihead: TOKENS,
+    Gate: VECTORS, Shared: torch.arange(6).view(2, 3), Unknown: VECTORS, Custom: VECTORS,
     InPlace: IMAGES, Multiplier: IMAGES, Padded: IMAGES,
 }  # fmt: skip

@@ -9,10 +9,25 @@ from ippro_tp.graph.dependency import GraphError, build_graph
 from ippro_tp.graph.groups import read_group
 from ippro_tp.graph.numbers import register_numbers
 from ippro_tp.graph.onepass import fresh_copy
-from ippro_tp.graph.proof import cut, difference, prove, reference_outputs
+from ippro_tp.graph.proof import prove
 from ippro_tp.graph.provenance import Provenance
+from ippro_tp.graph.trial import cut, difference, reference_outputs
 
-from .nets import NETS, VECTORS, Apart, C2f, Functional, Gate, InPlace, Multihead, Shared, Split, Unknown, Windows
+from .nets import (
+    NETS,
+    VECTORS,
+    Apart,
+    AsWide,
+    C2f,
+    Functional,
+    Gate,
+    InPlace,
+    Multihead,
+    Shared,
+    Split,
+    Unknown,
+    Windows,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +89,7 @@ def widths(kind):
         (Split, {"first.out": (12, 12)}),
         (Windows, {"embed.out": (8, 8), "qkv.out": (24, 4), "fc1.out": (12, 12)}),
         (Apart, {"embed.out": (8, 8), "q.out": (12, 2)}),
+        (AsWide, {"embed.out": (12, 4)}),
         (Functional, {"qkv.out": (24, 4)}),
         (Multihead, {"fc1.out": (12, 12)}),
         (InPlace, {"a.out": (4, 4), "b.out": (4, 4)}),
@@ -194,9 +210,21 @@ def test_proof_finds_a_wrong_group_and_leaves_it_whole():
 def test_a_second_graph_of_the_same_model_is_known_already(monkeypatch):
     first, second = (build_graph(made(Windows), NETS[Windows]) for _ in range(2))
     verdicts = prove(first)
-    monkeypatch.setattr("ippro_tp.graph.proof._Bench.prove", None)
+    monkeypatch.setattr("ippro_tp.graph.proof.Bench.prove", None)
     assert prove(second) == verdicts
     assert [len(axis.classes) for axis in second.axes] == [len(axis.classes) for axis in first.axes]
+
+
+def test_a_second_graph_ties_the_same_channels():
+    first, second = (build_graph(made(AsWide), NETS[AsWide]) for _ in range(2))
+    verdicts = prove(first)
+    assert verdicts["embed.out"].status == "repaired"
+    assert "as many" in verdicts["embed.out"].reason
+    assert prove(second) == verdicts
+    next(iter(second.get_all_groups())).prune([0, 1, 2])
+    assert second.model.num_heads == 3
+    assert second.model.qkv[1].weight.shape == (27, 9)
+    assert second.model(NETS[AsWide]).shape == made(AsWide)(NETS[AsWide]).shape
 
 
 def test_registered_numbers_count_the_axis_they_name():

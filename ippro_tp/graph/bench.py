@@ -1,0 +1,263 @@
+"""The copies that groups are tried on: which pass, and what mends those that do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .axes import Axis
+from .dependency import RepairedGraph
+from .numbers import proposals, ties
+from .onepass import call, fresh_copy, plain_operations, tensors_in
+from .trial import cut, difference, like, module_of, reference_outputs, spread
+
+TOLERANCE = 1e-4
+DOUBLE = 30_000_000
+"""Models with fewer parameters are compared in double precision, where rounding hides nothing."""
+Leaves = set[tuple[str, str]]
+Status = Literal["proved", "repaired", "whole"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a group.
+
+    Attributes:
+        status: ``"proved"``; ``"repaired"``: proved after numbers that modules keep were found by trial, or with
+            dimensions of heads instead of heads; ``"whole"``: left as it is.
+        reason: why it is left whole, or what was repaired; empty for ``"proved"``.
+    """
+
+    status: Status
+    reason: str = ""
+
+
+class Bench:
+    """The copies that groups are tried on."""
+
+    def __init__(self, graph: RepairedGraph, seed: int) -> None:
+        self.graph, self.seed = graph, seed
+        self.model = spread(fresh_copy(graph.model), seed)
+        small = sum(p.numel() for p in self.model.parameters()) < DOUBLE
+        self.wide = small and self._run(self.model.double()) is not None
+        if small and not self.wide:
+            self.model = spread(fresh_copy(graph.model), seed)
+        self.tolerance = 1e-7 if self.wide else TOLERANCE
+        self.numbers: list[Axis] = []
+        self.used: list[Axis] = []
+        self.ties: list[tuple[Tensor, Tensor]] = []
+        self.why: dict[str, str] = {}
+        self.worked: list[Leaves] = []
+        self.failed: str | None = None
+
+    def prove(self) -> dict[str, Verdict]:
+        """Try all groups, mend what fails, and try together what passes."""
+        graph = self.graph
+        verdicts = {key: Verdict("whole", reason) for key, reason in graph.left_whole.items()}
+        keys = [k for k in graph._keys.values() if k not in graph.left_whole]
+        self.numbers = proposals(graph)
+        passed = self._passing(keys)
+        repaired = self._repair([key for key in keys if key not in passed])
+        failed = [key for key in keys if key not in passed and key not in repaired]
+        repaired |= self._tied(failed)
+        keys = [k for k in graph._keys.values() if k not in graph.left_whole]
+        passed = [key for key in passed if key in keys]
+        passed = self._together([*passed, *repaired])
+        for key in keys:
+            if key not in passed:
+                verdicts[key] = Verdict("whole", self.why.get(key, "it fails together with others"))
+            elif key in repaired:
+                verdicts[key] = Verdict("repaired", repaired[key])
+            else:
+                verdicts[key] = Verdict("proved")
+        self.used = self._used(passed)
+        graph.axes += self.used
+        graph._find_groups_again()
+        return verdicts
+
+    def _used(self, keys: Sequence[str]) -> list[Axis]:
+        classes = torch.cat([torch.zeros(1, dtype=torch.long), *(self._classes(key) for key in keys)])
+        classes = classes[classes > 0]
+        return [axis for axis in self.numbers if bool(torch.isin(axis.classes, classes).any())]
+
+    def _passing(self, keys: list[str], share: float = 0.0) -> list[str]:
+        """Those of ``keys`` that pass: tried together, then without the kinds around the module that failed."""
+        if not keys:
+            return []
+        problem = self._try(keys, share)
+        if problem is None:
+            return keys
+        if len(keys) == 1:
+            self.why[keys[0]] = problem
+            return []
+        kinds = list(dict.fromkeys(map(_kind, keys)))
+        if len(kinds) == 1:
+            return self._of_one_kind(keys, share)
+        near = {_kind(key) for key in keys if self._near(key, self.failed)} if self.failed is not None else set()
+        if not near or len(near) == len(kinds):
+            near = set(kinds[: len(kinds) // 2])
+        passed = self._passing([key for key in keys if _kind(key) not in near], share)
+        for kind in kinds:
+            if kind in near:
+                passed += self._passing([key for key in keys if _kind(key) == kind], share)
+        return passed
+
+    def _of_one_kind(self, keys: list[str], share: float) -> list[str]:
+        """The same of groups at the same place of repeated blocks: where the first and the last fail, all do."""
+        ends = [keys[0], keys[-1]] if len(keys) > 1 else keys
+        passed = [key for key in ends if self._passing([key], share)]
+        rest = keys[1:-1]
+        if not passed:
+            if rest and self._try(rest, share) is None:
+                return rest
+            for key in rest:
+                self.why[key] = self.why[keys[0]]
+            return []
+        half = len(rest) // 2
+        return passed + self._passing(rest[:half], share) + self._passing(rest[half:], share)
+
+    def _near(self, key: str, failed: str) -> bool:
+        """Whether a group has a layer in the module, or in its parent where it has none itself."""
+        number = next(n for n, k in self.graph._keys.items() if k == key)
+        return any(a.owner == failed or a.owner.startswith(f"{failed}.") for a, _ in self.graph._members[number])
+
+    def _together(self, keys: list[str]) -> list[str]:
+        """Those that pass together, with a quarter of their units gone."""
+        passed = self._passing(keys, 0.25)
+        if not passed or len(passed) == len(keys) or self._try(passed, 0.25) is None:
+            return passed
+        kept: list[str] = []
+        for key in passed:
+            if self._try([*kept, key], 0.25) is None:
+                kept.append(key)
+        return kept
+
+    def _repair(self, keys: list[str]) -> dict[str, str]:
+        """Keys that pass with other numbers; what was found for one is tried on all of its kind."""
+        repaired: dict[str, str] = {}
+        if not keys:
+            return repaired
+        more = proposals(self.graph, children=True)
+        for kind in dict.fromkeys(map(_kind, keys)):
+            waiting = [key for key in keys if _kind(key) == kind]
+            while waiting:
+                found = self._repaired([waiting[0]], more)
+                if found is None:
+                    break
+                done = [waiting[0]]
+                if len(waiting) > 1 and self._repaired(waiting[1:], more, [found]) is not None:
+                    done = waiting
+                names = ", ".join(sorted(f"{owner}.{leaf}" for owner, leaf in found))
+                repaired |= dict.fromkeys(done, f"numbers found by trial: {names or 'none'}")
+                waiting = waiting[len(done) :]
+        return repaired
+
+    def _tied(self, failed: list[str]) -> dict[str, str]:
+        """Keys that pass once their channels are those of another group of as many, one by one.
+
+        A forward pass that reshapes what an inner layer makes to the width of its input (``reshape(B, N, C)``)
+        says no other number: the two have to lose as many channels.
+        """
+        graph, known, numbers = self.graph, self.graph.facts.classes, self.numbers
+        pairs = ties(graph, {key: self._classes(key) for key in failed})
+        wanted: list[str] = []
+        while pairs:
+            graph.tie(known, pairs)
+            merged = {key: self._classes(key) for key in graph._keys.values()}
+            of = [next((k for k, c in merged.items() if bool(torch.isin(one, c).any())), "") for one, _ in pairs]
+            wanted = list(dict.fromkeys(filter(None, of)))
+            involved = torch.cat([torch.zeros(1, dtype=torch.long), *(merged[key] for key in wanted)])
+            involved = torch.cat([involved, *(labels for pair in pairs for labels in pair)])
+            involved = involved[involved > 0]
+            self.numbers = [a for a in numbers if not bool(torch.isin(a.classes, involved).any())]
+            self.numbers += [a for a in proposals(graph) if bool(torch.isin(a.classes, involved).any())]
+            passed = self._passing(wanted)
+            passed += self._repair([key for key in wanted if key not in passed])
+            if len(passed) == len(wanted):
+                self.ties = pairs
+                break
+            pairs = [pair for pair, key in zip(pairs, of, strict=True) if key in passed]
+        else:
+            graph.tie(known, [])
+            self.numbers, wanted = numbers, []
+        return dict.fromkeys(wanted, "its channels go with as many of another layer, one by one")
+
+    def _repaired(self, keys: list[str], more: list[Axis], trials: list[Leaves] | None = None) -> Leaves | None:
+        """Numbers with which these groups pass together; they stay in force."""
+        classes = torch.cat([self._classes(key) for key in keys])
+        mine = [a for a in more if bool(torch.isin(a.classes, classes).any())]
+        leaves = list(dict.fromkeys(self._leaf(a) for a in mine))
+        others = [a for a in self.numbers if not bool(torch.isin(a.classes, classes).any())]
+        if trials is None:
+            trials = [set(), *({leaf} for leaf in leaves)]
+            trials += [set(leaves) - {leaf} for leaf in leaves if len(leaves) > 2]
+            trials = sorted(trials, key=lambda t: t not in self.worked)[:10]
+        known = self.numbers
+        for trial in trials:
+            self.numbers = [*others, *(a for a in mine if self._leaf(a) in trial)]
+            if self._try(keys, 0.0) is None:
+                self.worked.append(trial)
+                return trial
+        self.numbers = known
+        return None
+
+    def _leaf(self, axis: Axis) -> tuple[str, str]:
+        return type(self.graph.model.get_submodule(axis.owner)).__name__, axis.pruner.leaf
+
+    def _classes(self, key: str) -> Tensor:
+        graph = self.graph
+        number = next(n for n, k in graph._keys.items() if k == key)
+        root, members = graph._roots[number], graph._members[number]
+        index = next(i for a, i in members if a is root)
+        found: Tensor = root.classes[index].unique()
+        return found
+
+    def _try(self, keys: Sequence[str], share: float) -> str | None:
+        """What goes wrong when units of these groups go; ``None`` if nothing does."""
+        random = torch.Generator().manual_seed(self.seed)
+        chosen = []
+        for number, key in enumerate(keys):
+            classes = self._classes(key)
+            # Not as many of each: widths that have to be the same would still be.
+            count = max(1, int(share * len(classes))) + number % (4 if share else 3)
+            count = min(count, len(classes) - 1)
+            chosen.append(classes[torch.randperm(len(classes), generator=random)[:count]])
+        removed = torch.cat(chosen)
+        pruned = fresh_copy(self.model, shared=True)
+        self.failed = None
+        try:
+            cut(self.graph, pruned, removed, [*self.graph.axes, *self.numbers])
+            found = self._run(pruned, quiet=False)
+        except Exception as error:  # whatever a model can raise when its widths do not fit
+            self.failed = module_of(error, pruned)
+            return f"pruned, it does not run: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"[:200]
+        torch.manual_seed(self.seed)
+        wanted = reference_outputs(self.graph, self.model, removed)
+        gap = difference(found or [], wanted)
+        if gap <= self.tolerance:
+            return None
+        return f"pruned, it differs from the original without these channels by {gap:.1e}"
+
+    def _run(self, model: nn.Module, quiet: bool = True) -> list[Tensor] | None:
+        settings = self.graph._settings
+        try:
+            torch.manual_seed(self.seed)
+            with plain_operations():
+                out = call(model, like(settings.inputs, model), settings.forward_fn)
+                return list(
+                    tensors_in(out if settings.output_transform is None else settings.output_transform(out))
+                )
+        except Exception:
+            if quiet:
+                return None
+            raise
+
+
+def _kind(key: str) -> str:
+    """What keys of groups at the same place of repeated blocks have in common."""
+    return re.sub(r"[0-9]+", "#", key)
