@@ -186,7 +186,7 @@ def test_a_state_of_another_version_is_refused_and_costs_nothing(spoil):
     _model, imp, pruner = calibrated()
     before, state = all_scores(imp, pruner), imp.state_dict()
     spoil(state)
-    with pytest.raises(ValueError, match=r"no state_dict\(\) of a PROImportance of this version"):
+    with pytest.raises(ValueError, match=r"not a state_dict\(\) of a PROImportance of this version"):
         imp.load_state_dict(state)
     assert torch.equal(all_scores(imp, pruner), before)
 

@@ -302,7 +302,7 @@ def test_a_table_of_another_machine_is_refused(net, tmp_path):
         LatencyTable.load(path)
     assert LatencyTable.load(path, override=True).whole > 0
     path.write_text("{}")
-    with pytest.raises(LatencyTableError, match="no latency table"):
+    with pytest.raises(LatencyTableError, match="not a latency table"):
         LatencyTable.load(path)
 
 

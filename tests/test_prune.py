@@ -352,7 +352,7 @@ def test_ignored_layers_keep_their_outputs(images, as_name):
         ({"macs": 0.5, "steps": 0}, "steps"),
         ({"macs": 0.5, "round_to": -8}, "round_to"),
         ({"macs": 0.5, "max_pruning_ratio": 0}, "max_pruning_ratio"),
-        ({"macs": 0.5, "ignored_layers": [nn.Linear(1, 1)]}, "no module of the model"),
+        ({"macs": 0.5, "ignored_layers": [nn.Linear(1, 1)]}, "not a module of the model"),
     ],
 )
 def test_bad_arguments(images, options, message):

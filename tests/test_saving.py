@@ -178,7 +178,7 @@ def test_another_architecture_is_refused(saved, tmp_path):
         ValueError, match="another architecture: 'the model' is Concat in the network that is built, but Residual"
     ):
         load_pruned(saved, builder=CASES["concat"].build)
-    with pytest.raises(ValueError, match="names no library we can build from"):
+    with pytest.raises(ValueError, match="names no supported library"):
         load_pruned(saved)
     model = torchvision.models.resnet18()
     with pytest.raises(ValueError, match="another architecture"):
@@ -206,7 +206,7 @@ def test_files_of_two_saves_are_not_mixed(saved, tmp_path):
     other.gap = 3
     folder = save_pruned(other, tmp_path / "other", builder=CASES["residual"].build)
     (folder / "model.safetensors").replace(saved / "model.safetensors")
-    with pytest.raises(ValueError, match="not of the same save"):
+    with pytest.raises(ValueError, match="not saved together"):
         load_pruned(saved, builder=CASES["residual"].build)
 
 
@@ -229,7 +229,7 @@ def test_damaged_and_foreign_files_are_named(saved):
     with pytest.raises(ValueError, match="not written by save_pruned"):
         load_pruned(saved, builder=build)
     (saved / "shapes.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         load_pruned(saved, builder=build)
     (saved / "shapes.json").write_text(json.dumps({"format": saving.FORMAT, "version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
@@ -323,5 +323,5 @@ def test_nothing_but_modules_is_made_of_what_a_file_names(tmp_path):
     for name in ("os:system", "subprocess:Popen", "torch:Tensor"):
         spec = json.loads(path.read_text())
         spec["source"]["tree"]["modules"][1]["class"] = name
-        with pytest.raises(ValueError, match=f"{name} is no torch.nn.Module"):
+        with pytest.raises(ValueError, match=f"{name} is not a torch.nn.Module"):
             saving._build(spec["source"], None)

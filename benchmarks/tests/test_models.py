@@ -62,7 +62,7 @@ def test_missing_checkpoint(tmp_path):
         ("half.safetensors", b"\x10\x00", "cannot be read as a state dict"),
         ("half.pth", b"PK\x03\x04", "cannot be read as a state dict"),
         ("tensor.pth", torch.ones(2), "holds a Tensor, no state dict"),
-        ("epoch.pth", {"a": torch.ones(2), "epoch": 3}, "holds more than tensors"),
+        ("epoch.pth", {"a": torch.ones(2), "epoch": 3}, "holds objects other than tensors"),
         ("module.pth", torch.nn.Linear(2, 2), "cannot be read as a state dict"),
     ],
 )

@@ -118,7 +118,7 @@ def class_axis(z: Tensor, name: str, alone: bool, target: Any) -> Verdict:
     if not (alone and z.dim() == 2 and z.shape[1] > 1):
         return Verdict(None, "no labels say that it holds class scores")
     if _squashed(z):
-        return Verdict(None, "squashed or normalised values are no class scores")
+        return Verdict(None, "squashed or normalised values are not class scores")
     return Verdict(1, "taken for class scores by its shape; if it holds none, give loss_fn=LogitNoise()")
 
 
@@ -128,7 +128,7 @@ def _by_labels(z: Tensor, target: Tensor) -> Verdict:
             sums = target.sum(1)
             if bool((target >= 0).all() and ((sums - 1).abs() < 1e-3).all()):
                 return Verdict(1, "the targets are probabilities of classes")
-        return Verdict(None, "the targets are no class labels")
+        return Verdict(None, "the targets are not class labels")
     shape = tuple(target.shape)
     axes = [
         axis
@@ -143,7 +143,7 @@ def _by_labels(z: Tensor, target: Tensor) -> Verdict:
         return Verdict(made, "the labels fit, and the last layer's channels lie there")
     if len(axes) > 1:
         return Verdict(None, f"the labels fit classes along axes {axes}: say which, loss_fn=FisherNoise(dim=...)")
-    return Verdict(axes[0], "the labels fit") if axes else Verdict(None, "the targets are no class labels of it")
+    return Verdict(axes[0], "the labels fit") if axes else Verdict(None, "the targets are not class labels of it")
 
 
 def _fit(labels: Tensor, classes: int) -> bool:

@@ -64,7 +64,7 @@ def read_listing(config: PruneRunConfig) -> Listing:
 
 def _split_folder(root: Path, split: str) -> Path:
     if not root.is_dir():
-        raise UsageError(f"--data-dir {root} is no folder")
+        raise UsageError(f"--data-dir {root} is not a folder")
     for name in SPLITS[split]:
         if (root / name).is_dir():
             return root / name
@@ -77,7 +77,7 @@ def _classified(folder: Path, classes: list[str]) -> list[Sample]:
         raise UsageError(f"{folder} holds no class folders; put the images into {folder}/CLASS/")
     strange = sorted(set(own) - set(classes))
     if strange:
-        raise UsageError(f"{folder / strange[0]} is a class that the training images lack")
+        raise UsageError(f"{folder / strange[0]} is a class without training images")
     numbers = {name: i for i, name in enumerate(classes) if name in own}
     samples = make_dataset(str(folder), numbers, IMG_EXTENSIONS, allow_empty=True)
     empty = sorted(set(numbers.values()) - {number for _, number in samples})
@@ -90,7 +90,9 @@ def _masked(folder: Path) -> list[Sample]:
     images, masks = folder / "images", folder / "masks"
     for part in (images, masks):
         if not part.is_dir():
-            raise UsageError(f"{folder} holds no {part.name}/; segmentation needs images/ and masks/, named alike")
+            raise UsageError(
+                f"{folder} holds no {part.name}/; segmentation needs images/ and masks/ with the same file names"
+            )
     by_stem = {p.stem: p for p in masks.iterdir() if p.suffix.lower() in IMG_EXTENSIONS}
     samples: list[Sample] = []
     for path in sorted(p for p in images.iterdir() if p.suffix.lower() in IMG_EXTENSIONS):
@@ -120,7 +122,7 @@ def open_image(path: Path, mode: str = "RGB") -> Image.Image:
         with Image.open(path) as image:
             return image.convert(mode) if mode else image.copy()
     except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{path} is no readable image ({error}); delete or replace it") from error
+        raise UsageError(f"{path} is not a readable image ({error}); delete or replace it") from error
 
 
 def _check_all(samples: list[Sample], threads: int) -> None:
@@ -129,7 +131,7 @@ def _check_all(samples: list[Sample], threads: int) -> None:
         if isinstance(sample[1], Path):
             mask = open_image(sample[1], "")
             if mask.size != image.size or mask.mode not in ("L", "P", "I", "I;16"):
-                raise UsageError(f"{sample[1]} is no mask of class numbers of the size of {sample[0].name}")
+                raise UsageError(f"{sample[1]} is not a mask of class numbers with the size of {sample[0].name}")
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in tqdm(pool.map(check, samples), total=len(samples), desc="checking images", leave=False):

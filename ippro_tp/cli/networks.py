@@ -88,7 +88,7 @@ def check_classes(config: PruneRunConfig, classes: list[str], outputs: int) -> N
     elif len(classes) > outputs:
         raise UsageError(
             f"the masks hold numbers up to {len(classes) - 1}, the network has {outputs} outputs: give masks and "
-            "weights of the same classes (--ignore-index for the number of no class)"
+            "weights of the same classes (--ignore-index: the number that means no class)"
         )
 
 
@@ -136,7 +136,7 @@ def _build(source: dict[str, Any]) -> nn.Module:
         return NETWORKS[name](**kwargs)
     builder = _imported(name)
     if builder is None:
-        raise UsageError(f"--model {name} cannot be imported any more")
+        raise UsageError(f"--model {name} can no longer be imported")
     return builder(**kwargs)
 
 

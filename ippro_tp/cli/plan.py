@@ -169,7 +169,7 @@ class Planner:
             )
         if result.macs >= 1:
             raise UsageError(
-                "nothing was pruned: the ratio takes no whole channel; ask for more, or use --round-to 0"
+                "nothing was pruned: the ratio removes no whole channel; raise it, or use --round-to 0"
             )
         return Plan(result, widths(model))
 

@@ -47,7 +47,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path} must map flags to values, as in `model: resnet50`")
     known = {f.name for f in dataclasses.fields(PruneRunConfig)}

@@ -33,12 +33,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise UsageError(f"{path} cannot be read as a state dict ({reason}); save model.state_dict()") from error
     if not isinstance(state, dict):
-        raise UsageError(f"{path} holds a {type(state).__name__}, no state dict; save model.state_dict()")
+        raise UsageError(f"{path} holds a {type(state).__name__}, not a state dict; save model.state_dict()")
     for wrapper in ("state_dict", "model"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UsageError(f"{path} holds more than tensors; save model.state_dict()")
+        raise UsageError(f"{path} holds objects other than tensors; save model.state_dict()")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
@@ -61,7 +61,7 @@ def load_checkpoint(model: nn.Module, path: Path, fixed: tuple[str, ...] = ()) -
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", wrong)):
         if names:
             raise UsageError(
-                f"{path.name} is a checkpoint of another architecture than {type(model).__name__}: it {problem} "
+                f"{path.name} does not fit the architecture of {type(model).__name__}: it {problem} "
                 f"{len(names)} entries, first {names[0]!r}; choose the matching --model"
             )
     model.load_state_dict(state, strict=False)

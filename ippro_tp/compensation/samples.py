@@ -152,7 +152,7 @@ class Samples:
             loaded._kinds, loaded.count, loaded.seen = kinds, count, seen
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"this is no state_dict() of a Compensation of this version ({error!r}): calibrate again."
+                f"this is not a state_dict() of a Compensation of this version ({error!r}): calibrate again."
             ) from error
         self.__dict__.update(loaded.__dict__)
 
@@ -161,11 +161,13 @@ class Samples:
             self._spec, self._kinds = spec, kinds
             self._leaves = [_private(x) if kind == SAME else [] for x, kind in zip(leaves, kinds, strict=True)]
         elif spec != self._spec or kinds != self._kinds:
-            raise ObservationError("calls of the model differ in their arguments; give batches of one form.")
+            raise ObservationError(
+                "calls of the model differ in their arguments; all batches must have the same structure."
+            )
         for kept, x, kind in zip(self._leaves, leaves, kinds, strict=True):
             if kind == SAME and not _equal(kept, x):
                 raise ObservationError(
-                    "an argument without a batch dimension changes from call to call, so that batches cannot "
+                    "an argument without a batch dimension changes from call to call, so batches cannot "
                     "be joined. Give inputs as tensors with samples in dimension 0, images of one size."
                 )
             if kind == TENSOR and kept and kept[0].shape[1:] != x.shape[1:]:

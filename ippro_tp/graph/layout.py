@@ -156,7 +156,9 @@ def _tie(classes: Classes, planes: list[Tensor], axis: int, fixed: list[tuple[Te
         if first is not None:
             alone = (first > 0) != (lead > 0)
             _fix(
-                fixed, [torch.where(alone, torch.maximum(first, lead), 0)], "it meets numbers that are no channels"
+                fixed,
+                [torch.where(alone, torch.maximum(first, lead), 0)],
+                "it is combined with values that are not channels",
             )
             classes.union(first, lead)
         first = lead if first is None else first

@@ -280,7 +280,7 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
             raise NotCalibratedError(self._how_to_calibrate())
         model = self._model() if self._model is not None else None
         if model is None and self.estimator == "paper":
-            raise NotCalibratedError("the calibrated model is gone; Eq. 4 needs its weights to give a report.")
+            raise NotCalibratedError("the calibrated model is gone; Eq. 4 needs its weights for a report.")
         pruner = self._pruner() if self._pruner is not None else None
         if pruner is not None and self._replaced(pruner.model, self._records.values()):
             pruner = None
@@ -333,7 +333,7 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
                 "all gradients are exactly zero, so nothing can be ranked: the prediction is saturated (a softmax "
                 "of huge logits), the loss does not depend on the output, or they vanish in float16. Give "
                 "calibrate() another loss_fn, LogitNoise() for example; under fp16 autocast use bf16, or a "
-                "GradScaler that observe(..., loss_scale=scaler) is told of."
+                "GradScaler, passed as observe(..., loss_scale=scaler)."
             )
         gathered = self._options.of_statistics
         self._observed = Observed(observation.wiring, observation.work, observation.unscored, options=gathered)

@@ -77,5 +77,5 @@ def names_of(model: nn.Module, layers: Sequence[nn.Module | str]) -> tuple[str, 
         elif id(layer) in names:
             found.append(names[id(layer)])
         else:
-            raise ValueError(f"ignored_layers: {type(layer).__name__} is no module of the model")
+            raise ValueError(f"ignored_layers: {type(layer).__name__} is not a module of the model")
     return tuple(found)

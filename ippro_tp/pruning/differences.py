@@ -187,7 +187,7 @@ def _short(value: Any) -> str:
 
 def _set(module: nn.Module, name: str, key: str, code: Any, tensors: Mapping[str, Tensor], where: str) -> None:
     if key in _INTERNAL or key.startswith("__"):
-        raise ValueError(f"{where} sets {name}.{key}, which is no attribute that pruning changes")
+        raise ValueError(f"{where} sets {name}.{key}, which is not an attribute that pruning changes")
     if code == {"deleted": True}:
         vars(module).pop(key, None)
         return
@@ -197,7 +197,7 @@ def _set(module: nn.Module, name: str, key: str, code: Any, tensors: Mapping[str
     try:
         vars(module)[key] = decode(code, lambda kept: tensors[kept].clone())
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} sets {name}.{key} to no value that can be read: {error}") from error
+        raise ValueError(f"{where} sets {name}.{key} to a value that cannot be read: {error}") from error
 
 
 # -- parameters and buffers ------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def _tensors(model: nn.Module, aliases: Mapping[str, str]) -> dict[str, Tensor]:
     """All parameters and buffers, also those that ``state_dict()`` leaves out, each once."""
     odd = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
     if odd:
-        raise ValueError(f"{odd[0]!r} in the model's state_dict is no tensor; only tensors can be saved")
+        raise ValueError(f"{odd[0]!r} in the model's state_dict is not a tensor; only tensors can be saved")
     for name, tensor in _named_tensors(model):
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
             raise ValueError(f"{name!r} is a sparse, quantized or nested tensor; only dense ones can be saved")

@@ -189,8 +189,8 @@ def prune_layers(
         copied = copy.deepcopy(given)
     except Exception as error:
         raise StructureError(
-            f"the model cannot be copied ({type(error).__name__}: {error}). If a forward pass left tensors with a "
-            "graph on it, build it anew; hooks and locks cannot be copied either."
+            f"the model cannot be copied ({type(error).__name__}: {error}). If a forward pass stored tensors "
+            "that require grad on it, build it anew; hooks and locks cannot be copied either."
         ) from error
     device = next((p.device for p in given.parameters()), torch.device("cpu"))
     example_inputs = _moved(example_inputs, device)

@@ -144,7 +144,7 @@ def load_pruned(
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); save the model again") from error
     if metadata.get("shapes_sha256") != _digest(text):
         raise ValueError(
-            f"{WEIGHTS} and {SHAPES} in {folder} are not of the same save, or were edited; save the model again"
+            f"{WEIGHTS} and {SHAPES} in {folder} were not saved together, or were edited; save the model again"
         )
     model = _build(spec["source"], builder)
     apply(model, spec, tensors, WEIGHTS)
@@ -155,7 +155,7 @@ def _prove(model: nn.Module, again: nn.Module, example_inputs: Any) -> None:
     """Raise ValueError unless ``again``, loaded, is ``model``: in all that it holds, and in what it gives."""
     found = first_difference(model, again)
     if found:
-        raise ValueError(f"{found} does not come back as it is: nothing was saved. Report the model, please.")
+        raise ValueError(f"{found} cannot be restored exactly, so nothing was saved. Please report the model.")
     if example_inputs is None:
         return
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -197,7 +197,7 @@ def _from_library(source: Mapping[str, Any]) -> nn.Module:
     library, name, kwargs = source.get("library"), source.get("name"), dict(source.get("kwargs") or {})
     if library not in LIBRARIES:
         raise ValueError(
-            f"the source {source!r} names no library we can build from ({', '.join(LIBRARIES)}); "
+            f"the source {source!r} names no supported library ({', '.join(LIBRARIES)}); "
             "for a network of your own give builder="
         )
     flags = [key for key in kwargs if key in _WEIGHT_FLAGS and kwargs[key]]
@@ -233,11 +233,13 @@ def _read_spec(text: str, path: Path) -> dict[str, Any]:
     try:
         spec = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); save the model again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); save the model again") from error
     if not isinstance(spec, dict) or spec.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by save_pruned()")
     if spec.get("version") not in READ:
-        raise ValueError(f"{path} is of format version {spec.get('version')}; this package reads 1 to {VERSION}")
+        raise ValueError(
+            f"{path} has format version {spec.get('version')}; this package reads versions 1 to {VERSION}"
+        )
     return spec
 
 

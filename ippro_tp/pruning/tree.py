@@ -56,7 +56,7 @@ def describe(model: nn.Module) -> Tree:
             entry["children"] = [key for key, child in module._modules.items() if child is None]
             if module._forward_hooks or module._forward_pre_hooks:
                 owner = entry["name"] or "the model"
-                raise ValueError(f"{owner} has forward hooks, which cannot be written down: pass builder=")
+                raise ValueError(f"{owner} has forward hooks, which cannot be saved: pass builder=")
     return {"modules": modules}
 
 
@@ -69,7 +69,7 @@ def rebuild(tree: Mapping[str, Any]) -> nn.Module:
     kinds = {entry["class"]: _found(entry["class"]) for entry in tree["modules"] if "class" in entry}
     odd = [path for path, kind in kinds.items() if not (isinstance(kind, type) and issubclass(kind, nn.Module))]
     if odd:
-        raise ValueError(f"{odd[0]} is no torch.nn.Module")
+        raise ValueError(f"{odd[0]} is not a torch.nn.Module")
     packages = _packages(tree["modules"])
     built: dict[str, nn.Module] = {}
     for entry in tree["modules"]:

@@ -85,7 +85,7 @@ def test_depletion_that_a_criterion_cannot_have_is_refused(importance, depletion
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("modell: x", "there is no flag 'modell'"), ("- a", "must map flags"), ("a: [", "is no YAML")],
+    [("modell: x", "there is no flag 'modell'"), ("- a", "must map flags"), ("a: [", "is not valid YAML")],
 )
 def test_bad_files_are_named(text, message, tmp_path):
     path = tmp_path / "c.yaml"

@@ -225,7 +225,7 @@ def _break_image(root):
 
 
 BAD = {
-    "missing folder": (None, [], "--data-dir nowhere is no folder"),
+    "missing folder": (None, [], "--data-dir nowhere is not a folder"),
     "no val": (lambda root: shutil.rmtree(root / "val"), [], "holds no val/ or test/"),
     "empty class": (
         lambda root: [p.unlink() for p in (root / "val" / "red").iterdir()], [], "val/red holds no images",
@@ -233,7 +233,7 @@ BAD = {
     "class unknown to train": (
         lambda root: (root / "train" / "red").rename(root / "train" / "rot"), [], "is a class that the training",
     ),
-    "corrupt image": (_break_image, [], "train/green/3.png is no readable image"),
+    "corrupt image": (_break_image, [], "train/green/3.png is not a readable image"),
     "unknown model": (None, ["--model", "resnet1"], "--library timm has no model 'resnet1'"),
     "unknown importance": (None, ["--importance", "magic"], "unknown importance 'magic'; known: pro"),
     "no target": (None, ["--macs", "None"], "one of --macs, --params, --latency, --pruning-ratio; got none"),
@@ -241,7 +241,7 @@ BAD = {
     "percent": (None, ["--macs", "50"], "--macs is a fraction between 0 and 1; got 50"),
     "untrained": (None, ["--checkpoint", "None"], "an untrained network is not worth pruning"),
     "no checkpoint": (None, ["--checkpoint", "nothing.safetensors"], "no checkpoint at nothing.safetensors"),
-    "other checkpoint": (None, ["--model", "resnet18"], "is a checkpoint of another architecture than ResNet"),
+    "other checkpoint": (None, ["--model", "resnet18"], "does not fit the architecture of ResNet"),
     "unreachable": (None, ["--macs", "0.001"], "macs=0.001 cannot be met within 0.01% of the whole"),
     "bad ratios": (
         None, ["--macs", "None", "--pruning-ratio", "0.3", "--layer-ratios", "layer1"], "write PATTERN=RATIO",

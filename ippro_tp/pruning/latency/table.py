@@ -257,7 +257,9 @@ class LatencyTable:
         try:
             state = json.loads(Path(path).read_text())
             if state["version"] != VERSION:
-                raise LatencyTableError(f"{path}: made by another version of this package: measure a new table.")
+                raise LatencyTableError(
+                    f"{path}: was made by another version of this package: measure a new table."
+                )
             table = cls(
                 tuple(Family.unpacked(packed) for packed in state["families"]),
                 {
@@ -268,7 +270,7 @@ class LatencyTable:
                 state["identity"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise LatencyTableError(f"{path} is no latency table of this version ({error!r}).") from error
+            raise LatencyTableError(f"{path} is not a latency table of this version ({error!r}).") from error
         if not override:
             device = torch.device(str(table.identity["device"]).split(":")[0])
             if device.type == "cuda" and not torch.cuda.is_available():
