@@ -178,7 +178,7 @@ def test_another_architecture_is_refused(saved, tmp_path):
         ValueError, match="another architecture: 'the model' is Concat in the network that is built, but Residual"
     ):
         load_pruned(saved, builder=CASES["concat"].build)
-    with pytest.raises(ValueError, match="names no supported library"):
+    with pytest.raises(ValueError, match="names no library that is supported"):
         load_pruned(saved)
     model = torchvision.models.resnet18()
     with pytest.raises(ValueError, match="another architecture"):

@@ -289,7 +289,8 @@ class Calibrated(abc.ABC):
             loaded._notes = tuple(state.get("notes", ()))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"this is not a state_dict() of a {type(self).__name__} of this version ({error!r}): calibrate again."
+                f"this is not a state_dict() of a {type(self).__name__} of this version ({error!r}): "
+                "calibrate again."
             ) from error
         self.__dict__.update(loaded.__dict__)
 

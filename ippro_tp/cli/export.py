@@ -67,9 +67,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
             (found,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
             worst = max(worst, float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-12)))
         if not worst <= TOLERANCE:
-            raise UsageError(
-                f"outputs of onnxruntime and PyTorch differ by {worst:.1e}; the ONNX file was not kept"
-            )
+            raise UsageError(f"onnxruntime and PyTorch differ by {worst:.1e}; the ONNX file was not kept")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -161,9 +161,7 @@ class Samples:
             self._spec, self._kinds = spec, kinds
             self._leaves = [_private(x) if kind == SAME else [] for x, kind in zip(leaves, kinds, strict=True)]
         elif spec != self._spec or kinds != self._kinds:
-            raise ObservationError(
-                "calls of the model differ in their arguments; all batches must have the same structure."
-            )
+            raise ObservationError("calls of the model differ in their arguments; give batches of one structure.")
         for kept, x, kind in zip(self._leaves, leaves, kinds, strict=True):
             if kind == SAME and not _equal(kept, x):
                 raise ObservationError(

@@ -158,7 +158,7 @@ def _tie(classes: Classes, planes: list[Tensor], axis: int, fixed: list[tuple[Te
             _fix(
                 fixed,
                 [torch.where(alone, torch.maximum(first, lead), 0)],
-                "it is combined with values that are not channels",
+                "it meets values that are not channels",
             )
             classes.union(first, lead)
         first = lead if first is None else first

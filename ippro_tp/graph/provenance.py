@@ -168,7 +168,7 @@ class Provenance(TorchDispatchMode):
         if bool(lonely.any()):
             self.fix(
                 torch.where(one == 0, other, one)[lonely],
-                "part of it is combined with values that are not channels",
+                "part of it meets values that are not channels",
             )
         self.facts.classes.union(one, other)
 

@@ -197,7 +197,7 @@ def _from_library(source: Mapping[str, Any]) -> nn.Module:
     library, name, kwargs = source.get("library"), source.get("name"), dict(source.get("kwargs") or {})
     if library not in LIBRARIES:
         raise ValueError(
-            f"the source {source!r} names no supported library ({', '.join(LIBRARIES)}); "
+            f"the source {source!r} names no library that is supported ({', '.join(LIBRARIES)}); "
             "for a network of your own give builder="
         )
     flags = [key for key in kwargs if key in _WEIGHT_FLAGS and kwargs[key]]
@@ -237,9 +237,7 @@ def _read_spec(text: str, path: Path) -> dict[str, Any]:
     if not isinstance(spec, dict) or spec.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by save_pruned()")
     if spec.get("version") not in READ:
-        raise ValueError(
-            f"{path} has format version {spec.get('version')}; this package reads versions 1 to {VERSION}"
-        )
+        raise ValueError(f"{path} has format version {spec.get('version')}; this package reads 1 to {VERSION}")
     return spec
 
 

@@ -148,14 +148,12 @@ class _Writer:
         if hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, nn.Module)):
             content = self.value(dict(vars(value)), where)
             return {"$": "instance", "class": self._known(type(value), where), "value": content}
-        raise ValueError(
-            f"{where} is of type {type(value).__name__}, which cannot be written down as plain values"
-        )
+        raise ValueError(f"{where} is of type {type(value).__name__}, which cannot be saved as plain values")
 
     def _known(self, value: Any, where: str) -> str:
         path = _path(value, where)
         if path.partition(":")[0].partition(".")[0] not in self._packages:
-            raise ValueError(f"{where} holds {path}, which is of none of the packages of the model's modules")
+            raise ValueError(f"{where} holds {path}, which belongs to none of the packages of the model")
         return path
 
 
@@ -226,7 +224,7 @@ def _path(value: Any, where: str) -> str:
 def _resolve(path: str, packages: frozenset[str]) -> Any:
     package = path.partition(":")[0].partition(".")[0]
     if package not in packages:
-        raise ValueError(f"{path} is of none of the packages {', '.join(sorted(packages))}")
+        raise ValueError(f"{path} belongs to none of the packages {', '.join(sorted(packages))}")
     return _found(path)
 
 

@@ -54,7 +54,7 @@ def test_onnx_that_differs_is_not_kept(tmp_path, monkeypatch):
         pytest.importorskip(name, reason=f"{name} is not installed (pip install ippro-tp[onnx])")
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 2)).eval()
-    with pytest.raises(UsageError, match="outputs of onnxruntime and PyTorch differ"):
+    with pytest.raises(UsageError, match="onnxruntime and PyTorch differ"):
         export.export_onnx(model, torch.zeros(1, 3, 8, 8), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -257,9 +257,7 @@ class LatencyTable:
         try:
             state = json.loads(Path(path).read_text())
             if state["version"] != VERSION:
-                raise LatencyTableError(
-                    f"{path}: was made by another version of this package: measure a new table."
-                )
+                raise LatencyTableError(f"{path}: made by another version of this package; measure a new table.")
             table = cls(
                 tuple(Family.unpacked(packed) for packed in state["families"]),
                 {
