@@ -231,7 +231,7 @@ BAD = {
         lambda root: [p.unlink() for p in (root / "val" / "red").iterdir()], [], "val/red holds no images",
     ),
     "class unknown to train": (
-        lambda root: (root / "train" / "red").rename(root / "train" / "rot"), [], "is a class that the training",
+        lambda root: (root / "train" / "red").rename(root / "train" / "rot"), [], "class without training images",
     ),
     "corrupt image": (_break_image, [], "train/green/3.png is not a readable image"),
     "unknown model": (None, ["--model", "resnet1"], "--library timm has no model 'resnet1'"),
