@@ -47,7 +47,7 @@ def test_wrapped_and_prefixed_state_dict(tmp_path):
 
 def test_checkpoint_of_another_architecture(tmp_path):
     save_file(CifarResNet(20).state_dict(), tmp_path / "net.safetensors")
-    with pytest.raises(UsageError, match=r"another architecture.*matching --model"):
+    with pytest.raises(UsageError, match=r"fit the architecture.*matching --model"):
         load_checkpoint(CifarResNet(32), tmp_path / "net.safetensors")
 
 
@@ -61,7 +61,7 @@ def test_missing_checkpoint(tmp_path):
     [
         ("half.safetensors", b"\x10\x00", "cannot be read as a state dict"),
         ("half.pth", b"PK\x03\x04", "cannot be read as a state dict"),
-        ("tensor.pth", torch.ones(2), "holds a Tensor, no state dict"),
+        ("tensor.pth", torch.ones(2), "holds a Tensor, not a state dict"),
         ("epoch.pth", {"a": torch.ones(2), "epoch": 3}, "holds objects other than tensors"),
         ("module.pth", torch.nn.Linear(2, 2), "cannot be read as a state dict"),
     ],

@@ -166,10 +166,7 @@ class Provenance(TorchDispatchMode):
         one, other = torch.broadcast_tensors(one, other)
         lonely = (one == 0) != (other == 0)
         if bool(lonely.any()):
-            self.fix(
-                torch.where(one == 0, other, one)[lonely],
-                "part of it meets values that are not channels",
-            )
+            self.fix(torch.where(one == 0, other, one)[lonely], "part of it meets values that are not channels")
         self.facts.classes.union(one, other)
 
     def fix(self, labels: Tensor, reason: str) -> None:
