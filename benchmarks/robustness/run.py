@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 import warnings
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from benchmarks.robustness import (
     nets_rows,
     nets_vision,
     nets_yolo,
+    tp_tests,
 )
 from benchmarks.robustness.checks import COLUMNS, Checks
 from benchmarks.robustness.judge import NONE, OK, REFUSED, WRONG, Cell
@@ -34,6 +37,7 @@ ROOMS = {
     "HF": nets_hf.LINES,
 }
 LINES: dict[str, Line] = {line.name: line for lines in ROOMS.values() for line in lines}
+OWN_TESTS = "## Torch-Pruning's own tests"
 VERDICTS = (OK, REFUSED, WRONG)
 
 
@@ -44,7 +48,9 @@ class RobustnessConfig:
     only: tuple[str, ...] = ()
     """Lines to check, or groups of them (Rows, Calls, Families, Vision, HF); all if none is given."""
     out: Path = Path("benchmarks/results")
-    """Folder of robustness.md, written where all lines are checked."""
+    """Folder of robustness.md, written where all lines are checked, or some of them are updated."""
+    update: bool = False
+    """Take the lines that are not checked from the page in that folder, and write it again."""
     resume: Path | None = None
     """File that finished lines are written to and taken from."""
     tp_checkout: Path | None = None
@@ -66,9 +72,14 @@ def run(config: RobustnessConfig) -> None:
             if config.resume is not None:
                 config.resume.write_text(json.dumps(found, indent=1))
         print(f"{name}: " + "; ".join(f"{column} {text}" for column, text in found[name].items()), flush=True)
-    if not config.only:
+    file = config.out / "robustness.md"
+    before = file.read_text() if config.update else ""
+    found = {**cells_of(before), **found}
+    if config.update or not config.only:
         config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "robustness.md").write_text(page(found, config.tp_checkout, config.tp_results))
+        _, _, last = before.partition(OWN_TESTS)
+        own = tp_tests.report(config.tp_checkout, config.tp_results) if config.tp_checkout else last.strip()
+        file.write_text(page(found, own))
 
 
 def checked(line: Line) -> dict[str, str]:
@@ -83,12 +94,21 @@ def checked(line: Line) -> dict[str, str]:
     return {**cells, "s": f"{time.monotonic() - start:.1f}"}
 
 
-def page(found: dict[str, dict[str, str]], tp_checkout: Path | None = None, kept: Path | None = None) -> str:
+def cells_of(text: str) -> dict[str, dict[str, str]]:
+    """The verdicts by line and column that a page was made of."""
+    found: dict[str, dict[str, str]] = {}
+    for row in re.findall(r"^\| (.*) \|$", text.partition(OWN_TESTS)[0], re.MULTILINE):
+        name, _, *verdicts = row.split(" | ")
+        if name in LINES and len(verdicts) == len(COLUMNS) + 1:
+            found[name] = dict(zip((*COLUMNS, "s"), verdicts, strict=True))
+    for name, columns, note in re.findall(r"^\* \*\*([^*]+)\*\*, ([^:]+): (.*)$", text, re.MULTILINE):
+        if name in found:
+            found[name] |= dict.fromkeys(columns.split(", "), note.replace("\\|", "|"))
+    return {name: cells for name, cells in found.items() if cells["s"] != "not run"}
+
+
+def page(found: dict[str, dict[str, str]], own_tests: str = "") -> str:
     """The table in Markdown, and what is behind each verdict that is not ok."""
-    from importlib.metadata import version
-
-    from benchmarks.robustness import tp_tests
-
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "transformers", "torch-pruning")
     )
@@ -107,8 +127,7 @@ def page(found: dict[str, dict[str, str]], tp_checkout: Path | None = None, kept
             notes += _notes(line.name, cells)
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts += [f"## {room}", table, "\n".join(notes)]
-    if tp_checkout is not None:
-        parts += ["## Torch-Pruning's own tests", tp_tests.report(tp_checkout, kept)]
+    parts += [OWN_TESTS, own_tests] if own_tests else []
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
