@@ -90,7 +90,8 @@ class Coupling:
             whole = whole[:, self.tied.to(whole.device)]
         if unit is None:
             return whole[None]
-        count = torch.bincount(unit)
+        count = torch.bincount(unit.cpu()).to(whole.device)  # units are known on the CPU: nothing to wait for
+        unit = unit.to(whole.device)
         rows: Tensor = whole.new_zeros(len(count), len(sizes)).index_add_(0, unit, whole)
         pairs: Tensor = rows.new_zeros(len(count), len(count)).index_add_(1, unit, rows)[None] / count
         return pairs

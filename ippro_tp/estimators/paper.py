@@ -125,7 +125,8 @@ class PaperEstimator(Estimator):
                 counted.add(name)
                 for positions, channels, d in _site_parts(sums, wiring, layer.name, name):
                     root = to_group.to(d.device)[channels]
-                    part = d.new_zeros(width).index_add_(0, root[root >= 0], d[positions[root >= 0]])
+                    root = torch.where(root < 0, width, root)  # not in the group; a mask would make us wait
+                    part = d.new_zeros(width + 1).index_add_(0, root, d[positions])[:width]
                     total = part if total is None else total + part
         assert total is not None
         return total

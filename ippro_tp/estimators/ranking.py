@@ -92,8 +92,10 @@ def rank(
     for group in groups:
         if not group.cost > 0:
             raise ValueError(f"a channel costs {group.cost}; cost must be positive")
-        if kappa is not None and bool((group.scores < 0).any()):
-            raise ValueError("scores are negative: depletion is not for them")
+    least = [group.scores.min() for group in groups if group.scores.numel()]
+    # Asked once for all, as a device has to be waited for.
+    if kappa is not None and least and bool((torch.stack([each.to(least[0]) for each in least]) < 0).any()):
+        raise ValueError("scores are negative: depletion is not for them")
     scores = [group.scores for group in groups]
     if kappa is not None:
         found = depletion_factors(groups, degree, kappa)
@@ -113,9 +115,8 @@ def unit_scores(scores: Tensor, unit: Tensor | None) -> Tensor:
     """
     if unit is None:
         return scores
-    unit = unit.to(scores.device)
     means = scores.new_zeros(int(unit.max()) + 1)
-    return means.scatter_reduce_(0, unit, scores, "mean", include_self=False)
+    return means.scatter_reduce_(0, unit.to(scores.device), scores, "mean", include_self=False)
 
 
 def depletion_factors(groups: Sequence[Ranked], degree: float = 1.0, kappa: float = COUPLING) -> list[Tensor]:
@@ -144,7 +145,7 @@ def depletion_factors(groups: Sequence[Ranked], degree: float = 1.0, kappa: floa
     """
     factors: list[Tensor] = [group.scores for group in groups]
     alike: dict[tuple[int, int, torch.device, torch.dtype | None], list[int]] = {}
-    units = [None if group.unit is None else group.unit.to(group.scores.device) for group in groups]
+    units = [group.unit for group in groups]
     sizes = [_relative(group.scores, degree) for group in groups]
     losses = [unit_scores(own.pow(degree), unit).pow(2 / degree) for own, unit in zip(sizes, units, strict=True)]
     pairs = [group.coupling if kappa else None for group in groups]
@@ -162,7 +163,7 @@ def depletion_factors(groups: Sequence[Ranked], degree: float = 1.0, kappa: floa
             for n, own in zip(part, added, strict=True):
                 ratio = torch.where(losses[n] > 0, own / losses[n], 1).pow(degree / 2)
                 unit = units[n]
-                factors[n] = ratio if unit is None else ratio[unit]
+                factors[n] = ratio if unit is None else ratio[unit.to(ratio.device)]
     return factors
 
 

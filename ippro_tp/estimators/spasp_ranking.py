@@ -132,7 +132,7 @@ def removal_scores(response: Response, iterations: int) -> Tensor:
     lost = torch.zeros_like(response.activation)
     for removal in response.removals:
         energy = removal(rank)
-        lost += energy / energy[-1] if energy[-1] > 0 else 0
+        lost += torch.where(energy[-1] > 0, energy / energy[-1], 0)
     scores = torch.empty(len(order), dtype=torch.float32, device=order.device)
     scores[order] = strictly_increasing(lost.cummax(0).values)
     return scores

@@ -105,9 +105,9 @@ class Scoring:
         how = options.depletion
         groups = [
             Ranked(
-                self.alone(record, model),
+                scores := self.alone(record, model),
                 unit_of(record),
-                self._pairs(record) if how == "coupled" else None,
+                self._pairs(record, scores) if how == "coupled" else None,
                 self.cost(record, model)[0],
             )
             for record in records
@@ -121,14 +121,14 @@ class Scoring:
             normalize=None if options.normalizer is None else self._normalize,
         )
 
-    def _pairs(self, record: GroupRecord) -> Coupling:
+    def _pairs(self, record: GroupRecord, scores: Tensor) -> Coupling:
         found = self.coupling(record)
         if found is None and record.key in self._sums:
             raise NotCalibratedError(
                 f"depletion={self._options.depletion!r} was chosen after calibration: calibrate again."
             )
         # A group that was never called has no offsets, and no score but zero.
-        return found or Coupling(offset_products(torch.zeros(1, record.width)))
+        return found or Coupling(offset_products(torch.zeros(1, record.width, device=scores.device)))
 
     def _normalize(self, scores: Tensor) -> Tensor:
         normalizer: Any = self._options.normalizer
