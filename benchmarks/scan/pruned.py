@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import collections
 import copy
+import signal
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +35,8 @@ from ippro_tp.graph.trial import cut, difference, reference_outputs
 TARGETS = (0.7, 0.5)
 TOLERANCE = 1e-4
 SAMPLES = 2
+PATIENCE = 30
+"""Seconds that Torch-Pruning's tracing and group search may take."""
 FEW = 10_000_000
 """Models with fewer parameters are compared with the slow reference, too."""
 FRESH = 6
@@ -83,8 +88,25 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
     if found_random:
         with record.stage("same 0.5") as result:
             compare(subject, graphs[0], found_random[0], found_random[0].model, result)
-    with record.stage("torch-pruning") as result:  # last: it may never end
+    with record.stage("torch-pruning") as result, at_most(PATIENCE):  # it may never end
         result["groups"] = torch_pruning_groups(subject)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise :class:`TimeoutError` after ``seconds``; the alarm that was set before is set again."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"no end within {seconds:g} s")
+
+    known = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, known)
+        signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1) if left else 0, interval)
 
 
 def _cut(graph: RepairedGraph, subject: Subject, pruned: PruneResult) -> nn.Module:
