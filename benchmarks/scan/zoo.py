@@ -243,7 +243,7 @@ def subject(name: str, side: int | None = None) -> Subject:
             model = _build(name, size)
             batch = _batches(_channels(model), size, detector)
             spread_constants(model)
-            settle(model, batch(4), detector)
+            settle(model, batch(4))
             model.eval()
             with torch.no_grad():
                 model(*batch(1))
@@ -266,10 +266,13 @@ def spread_constants(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-def settle(model: nn.Module, batch: tuple[Any, ...], detector: bool) -> None:
-    """Set BatchNorm statistics to those of one batch, so that activations have the scale of a trained network."""
+def settle(model: nn.Module, batch: tuple[Any, ...]) -> None:
+    """Set BatchNorm statistics to those of one batch, so that activations have the scale of a trained network.
+
+    Boxes of a detector whose scores are all the same would be picked by their rounding.
+    """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms or detector:
+    if not norms:
         return
     momenta = [m.momentum for m in norms]
     model.eval()
