@@ -287,7 +287,7 @@ def test_passes_go_through_the_loader_again_under_new_noise():
     assert torch.equal(passes, thrice)
     assert not torch.equal(passes, once)
     assert imp._sums["samples"] == 18
-    with pytest.raises(ValueError, match="an iterator can be gone through once only"):
+    with pytest.raises(ValueError, match="an iterator can be read only once"):
         imp.calibrate(pruner, iter(batches), passes=2)
     with pytest.raises(ValueError, match="passes=0; give a positive"):
         imp.calibrate(pruner, batches, passes=0)

@@ -184,9 +184,9 @@ class Calibrated(abc.ABC):
                 than one, or greater than one for an iterator.
             ObservationError: see :meth:`observe`.
         """
-        passes = whole_number("passes", passes, "of times that the loader is gone through")
+        passes = whole_number("passes", passes, "of passes over the loader")
         if passes > 1 and iter(loader) is loader:
-            raise ValueError(f"passes={passes}: an iterator can be gone through once only; give a loader")
+            raise ValueError(f"passes={passes}: an iterator can be read only once; give a loader")
         _, model = resolve(target)
         loss_fn = loss_fn or self._default_loss()
         with self.observe(target, **options):

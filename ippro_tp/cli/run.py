@@ -1,4 +1,4 @@
-"""``prune``: one network all the way. Each phase is recorded when it is done; a rerun goes on with the next."""
+"""``prune``: one network from start to end. Each finished phase is recorded; a rerun continues with the next."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ class _Run:
         if config.cost_unit != "none":
             parts.append(f"scores divided by the {config.cost_unit} of a channel")
         if config.depletion_kind != "none":
-            parts.append(f"dearer as a group is emptied{', coupled' * (config.depletion_kind == 'coupled')}")
+            parts.append(f"scores rise with depletion ({config.depletion_kind})")
         parts.append("with compensation" if config.compensate else "without compensation")
         return f"{', '.join(parts)}; {_count(self.batches)} calibration images, seed {config.seed}."
 

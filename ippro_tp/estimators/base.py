@@ -1,4 +1,4 @@
-"""What an estimator is: ``update`` adds what one pass gave, ``scores`` turns sums into a score a channel."""
+"""The interface of estimators: ``update`` adds one pass to sums, ``scores`` turns sums into scores of channels."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _Made = TypeVar("_Made", bound=Callable[[LossScale], "Estimator"])
 
 
 class Estimator(ABC):
-    """What an observation and a score need to know of an estimator; only two methods have to be written.
+    """Base class of estimators; subclasses implement :meth:`update` and :meth:`scores`.
 
     Attributes:
-        taps_activations: whether :attr:`Pass.activations` is wanted.
-        taps_through_norms: whether sigma is looked for behind the norm that follows a layer.
-        taps_inputs: whether :attr:`Pass.inputs` and :attr:`Pass.reads` are wanted.
-        centered: groups that were measured where they are read.
+        taps_activations: whether the estimator needs :attr:`Pass.activations`.
+        taps_through_norms: whether sigma may follow the norm after a layer.
+        taps_inputs: whether the estimator needs :attr:`Pass.inputs` and :attr:`Pass.reads`.
+        centered: groups that are measured where they are read.
     """
 
     taps_activations = False
@@ -37,18 +37,18 @@ class Estimator(ABC):
 
     @abstractmethod
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
-        """Add what one pass gave to ``sums``."""
+        """Add one forward and backward pass to ``sums``."""
 
     @abstractmethod
     def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
         """``(record.width,)`` scores, higher = keep."""
 
     def trained_parameters(self, model: nn.Module, records: Sequence[GroupRecord]) -> dict[str, nn.Parameter]:
-        """Parameters, by name, whose gradients are needed: none."""
+        """Parameters, by name, whose gradients are needed; by default none."""
         return {}
 
     def unneeded(self, records: Sequence[GroupRecord], done: Pass) -> tuple[set[str], set[str]]:
-        """Producers whose outputs, and readers whose inputs, need no tap, as the first forward pass shows."""
+        """Names of producers and of readers that turn out, in the first forward pass, to need no tap."""
         return set(), set()
 
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
@@ -57,13 +57,13 @@ class Estimator(ABC):
 
 
 def register_estimator(name: str) -> Callable[[_Made], _Made]:
-    """Make the decorated :class:`Estimator` ``PROImportance(estimator=name)``.
+    """Register the decorated :class:`Estimator` for use as ``PROImportance(estimator=name)``.
 
-    It is made by ``cls(loss_scale)``, where ``loss_scale(batch_size)`` is the factor that turns gradients of the
-    loss into those of single samples. CONTRIBUTING.md has an example.
+    It is created by ``cls(loss_scale)``, where ``loss_scale(batch_size)`` is the factor that turns gradients of
+    the loss into per-sample gradients. CONTRIBUTING.md has an example.
 
     Raises:
-        ValueError: one of the package's own estimators is called so.
+        ValueError: ``name`` is one of the package's own estimators.
     """
     if name in OWN:
         raise ValueError(f"the estimator {name!r} is the package's own; choose another name")
@@ -76,16 +76,16 @@ def register_estimator(name: str) -> Callable[[_Made], _Made]:
 
 
 def registered_estimators() -> Mapping[str, Callable[[LossScale], Estimator]]:
-    """What was registered, by name."""
+    """Registered estimators, by name."""
     return _REGISTERED
 
 
 def reduce_layers(values: Sequence[Tensor], layers: Sequence[Layer], width: int, reduction: str) -> Tensor:
-    """Combine the scores of coupled layers into one a position, in Torch-Pruning's vocabulary.
+    """Combine the scores of coupled layers into one per position, with Torch-Pruning's reductions.
 
     Args:
         values: per layer, ``(k,)`` scores of ``layer.index``.
-        layers: the layers, of the same order.
+        layers: the layers, in the same order.
         width: positions in the group.
         reduction: "mean", "sum", "max", "prod" or "first".
 

@@ -1,16 +1,17 @@
 r"""The expected offset towards the mean of a channel instead of towards zero.
 
-What a removed channel brought on average is made up for by a BatchNorm after the layer that reads it, once its
-statistics are re-estimated or trained, or by ``Compensation``; what is lost is its variation. So the offset is
-taken where the channel is read, towards its mean: with x the input of a layer that reads it, g the gradient there
-and m the mean of x over samples and positions, sample n has
+The mean contribution of a removed channel is restored by a BatchNorm after the layer that reads it, once its
+statistics are re-estimated or trained, or by ``Compensation``; only its variation is lost. So the offset is
+measured where the channel is read, towards its mean: with x the input of a layer that reads it, g the gradient
+there and m the mean of x over samples and positions, sample n has
 
 .. math:: t_n = \sum_{readers} \sum_{positions} g\,(x - s\,m) = a_n - \sum_{readers} s\,m\,b_n,
 
-a the sum of g x over all readers, b that of g at one, and s the share of the mean that is made up for there. For
-s = 0 and readers of a ReLU's output this is the offset at the producer, :math:`F\cdot\nabla_n`. The mean is known
-at the end only, but :math:`E\,t^2` is a function of the sums of a a, a b, b b and x, which add up over batches and
-processes. :math:`E|t|` is not, and taken to shrink as its square does,
+where a is the sum of g x over all readers, b that of g at one reader, and s the fraction of the mean that is
+restored there. For s = 0 and readers of a ReLU's output this is the offset at the producer,
+:math:`F\cdot\nabla_n`. The mean is known only at the end, but :math:`E\,t^2` is a function of the sums of a a,
+a b, b b and x, which add up over batches and processes. :math:`E|t|` is not, and is assumed to shrink as its
+square does,
 
 .. math:: (E|t|)^2 = (E|a|)^2\,\frac{E\,t^2}{E\,a^2}.
 """
@@ -28,22 +29,22 @@ from .expected import ExpectedEstimator
 from .sums import Sums
 
 MADE_UP = 0.85
-"""The share of the mean that is taken to be made up for where a BatchNorm follows the reader: nearly all after
-re-estimation, nothing before (chosen on held-out images, ``benchmarks/results/research.md``)."""
+"""The fraction of the mean that is assumed to be restored if a BatchNorm follows the reader: nearly all after
+re-estimation, none before (chosen on held-out images, ``benchmarks/results/research.md``)."""
 
 
 class CenteredEstimator(ExpectedEstimator):
-    """Size of the offset towards the mean, where readers see all that the channels of a group do.
+    """Magnitude of the offset towards the mean, for groups whose channels have no effect except through readers.
 
-    Elsewhere (queries and keys of attention, streams that a LayerNorm mixes), and where no mean is made up for, it
-    is that of the offset towards zero at the producers.
+    For others (queries and keys of attention, streams that a LayerNorm mixes), and if no mean is restored, it is
+    the magnitude of the offset towards zero at the producers.
 
     Args:
         power: as for :class:`ExpectedEstimator`.
         loss_scale: as there.
-        coupled: as there. Offsets towards the mean go together as they do where one layer reads the group; where
-            several do, each with a mean of its own, as those towards zero.
-        share: the s above, of the channel norm that follows a reader; its argument is ``None`` if none follows.
+        coupled: as there. Covariances of offsets towards the mean are exact if one layer reads the group; with
+            several readers, each with its own mean, those of offsets towards zero stand in.
+        share: the s above, given the channel norm that follows a reader, or ``None`` if none does.
     """
 
     taps_inputs = True
@@ -123,7 +124,7 @@ class CenteredEstimator(ExpectedEstimator):
         return Coupling(products.clamp(-limit, limit), record.tied)
 
     def _making_up(self, record: GroupRecord) -> tuple[Layer, ...]:
-        """The readers after which a mean is made up for."""
+        """The readers after which a mean is restored."""
         return tuple(reader for reader in record.consumers if self._shares.get(reader.name, 0) > 0)
 
     def _parts(self, record: GroupRecord, done: Pass) -> list[tuple[Layer, Tensor]]:

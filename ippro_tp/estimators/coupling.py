@@ -1,4 +1,4 @@
-"""How the offsets of a group's channels go together: sums of their products, gathered during calibration."""
+"""Second moments of the offsets of a group's channels: sums of products, gathered during calibration."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def block_products(left: Tensor, right: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """How the offsets of a group's channels go together.
+    """Second moments of the offsets of a group's channels.
 
     Attributes:
         products: sums of :func:`offset_products`.

@@ -1,4 +1,4 @@
-r"""The expectation, over samples, of the size of each sample's own projective offset.
+r"""The expectation, over samples, of the magnitude of each sample's own projective offset.
 
 Freeze the reference coordinate D and take the step that is natural on projective space,
 :math:`\lambda\lVert F\rVert^2`: as :math:`\lambda \to 0`, sample n moves the logarithm of :math:`\tan\theta` by
@@ -22,13 +22,13 @@ from .sums import Sums
 
 
 class ExpectedEstimator(Estimator):
-    """Mean over samples of the size of the offset of each sample.
+    """Mean over samples of the magnitude of each sample's offset.
 
     Args:
         power: 1 for the mean of abs(t), 2 for the mean of t squared.
-        joint: one point a group: sum t over the producers of a channel, then take the size.
+        joint: one point per group: sum t over the producers of a channel, then take the magnitude.
         loss_scale: ``(batch size) -> factor`` that turns gradients of the loss into per-sample gradients.
-        coupled: also gather what :meth:`coupling` needs; with ``joint`` only.
+        coupled: also gather the second moments for :meth:`coupling`; with ``joint`` only.
     """
 
     def __init__(self, power: int, joint: bool, loss_scale: LossScale, coupled: bool = False) -> None:

@@ -1,23 +1,22 @@
-r"""The ranking over groups: what a channel costs when others of its group have gone before it, and in compute.
+r"""The ranking across groups: scores that account for channels removed before, and for cost.
 
-A ranking adds up what single channels lose. But the fewer channels a group has left, the more each of them
-carries: with the last one everything goes. So let the loss of a group grow with the logarithm of what is left,
+A ranking of single channels adds up their losses. But the fewer channels a group has left, the more each of them
+matters: with the last one everything is lost. So let the loss of a group grow with the logarithm of what remains,
 :math:`L = -Q \ln(R/Q)`, where q is the loss of a single channel, :math:`E\,t^2` or :math:`(E|t|)^2`, Q the
-sum of q over the group and R the sum over those that stay. At first that is the sum of what goes,
-:math:`L \approx Q - R`; as the group is emptied it grows without bound. Without Q this is the score of LAMP (Lee
-et al., ICLR 2021), for which all layers are worth the same.
+sum of q over the group and R the sum over the remaining channels. At first this is the sum over the removed ones,
+:math:`L \approx Q - R`; as the group is emptied, it grows without bound. Without the factor Q this is the score of
+LAMP (Lee et al., ICLR 2021), which values all layers equally.
 
 To first order, removing the set S of a group's channels changes the loss of sample n by
 :math:`\sum_{i \in S} t_{ni}`, and the quadratic model of the loss has
-:math:`E(\sum_S t)^2 = \sum_{i,j \in S} C_{ij}` with :math:`C_{ij} = E\,t_i t_j`. Single channels count its
-diagonal alone. But channels that pull the same way cost more together than singly, whole layers of them much more,
-and channels that make up for each other cost less. The first order does not hold all the way, so covariances are
-shrunk towards the diagonal: a pair counts for kappa of what it says. Together, the channel k that goes after those
-of S adds
+:math:`E(\sum_S t)^2 = \sum_{i,j \in S} C_{ij}` with :math:`C_{ij} = E\,t_i t_j`. Scores of single channels are its
+diagonal. But channels with the same effect cost more together than one by one, and channels that offset each other
+cost less. Since the first order does not hold that far, covariances are shrunk towards the diagonal by a factor
+kappa. Taken together, a channel k that is removed after those of S adds
 
 .. math:: \Delta L_k = \Big(q_k + 2\kappa \sum_{i \in S} C_{ik}\Big)\, \frac{Q}{\sum_{j \notin S} q_j}
 
-and the one that adds least is the next to go. With kappa = 0 the order within a group stays that of the scores.
+and the channel that adds least is removed next. With kappa = 0 the order within a group is that of the scores.
 """
 
 from __future__ import annotations
@@ -34,22 +33,21 @@ from .coupling import BLOCK, Coupling
 COUPLING = 0.25
 """The kappa above, chosen on held-out images of five networks (``benchmarks/results/research.md``)."""
 ROUNDS = 128
-"""Channels of a group leave one by one, or in so many lots."""
+"""Channels of a group are removed one by one, or in this many lots."""
 AT_ONCE = 1 << 25
-"""Numbers in the products of groups of one width that are worked through together."""
+"""Largest number of elements in the products of groups that are processed together."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A group in a ranking over groups.
+    """A group in a ranking across groups.
 
     Attributes:
-        scores: ``(channels,)``, any float dtype: those of single channels.
-        unit: ``(channels,)`` int64, the number (from 0, none left out) of the unit that each channel goes with,
-            where channels do not go one by one: the places of all heads, or of all convolution groups, that go
-            together; positions tied by a product. A unit's score is the mean over its channels. ``None``: each
-            channel is a unit.
-        coupling: how the offsets of the channels go together; ``None`` if it is not known.
+        scores: ``(channels,)``, any float dtype: scores of single channels.
+        unit: ``(channels,)`` int64, the number of each channel's unit (from 0, without gaps), if channels cannot
+            be removed one by one: a head, one channel of every convolution group, positions tied by a product. A
+            unit's score is the mean over its channels. ``None``: each channel is a unit.
+        coupling: second moments of the channels' offsets; ``None`` if they are not known.
         cost: of one channel, in any unit that is the same for all groups.
     """
 
@@ -67,21 +65,21 @@ def rank(
     cost_exponent: float | None = None,
     normalize: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor]:
-    """Scores that can be compared over groups: the channels of lowest score, of whatever group, go first.
+    """Scores that can be compared across groups: the channels with the lowest scores are removed first.
 
     Args:
-        groups: all that are ranked; a group's result does not depend on the others.
-        degree: 1 for scores that go as abs(t), whose squares are the q above; 2 for scores that are q.
-        kappa: how much of the covariance counts, from 0 to 1, where it is known; 0 for depletion alone; ``None``:
-            each channel counts by itself.
-        cost_exponent: power of the cost; ``None`` follows the quadratic model of the loss, ``degree / 2``.
+        groups: the groups to rank; a group's result does not depend on the others.
+        degree: 1 for scores that behave like abs(t), whose squares are the q above; 2 for scores that are q.
+        kappa: weight of the covariance, from 0 to 1, where it is known; 0: depletion only; ``None``: each channel
+            counts by itself.
+        cost_exponent: power of the cost; ``None``: ``degree / 2``, from the quadratic model of the loss.
         normalize: applied to the scores of each group before they are divided by the cost.
 
     Returns:
         For each group ``(channels,)`` float32 on the device of its scores; see :func:`unit_scores`.
 
     Raises:
-        ValueError: a cost is not positive, or scores to be depleted are negative.
+        ValueError: a cost is not positive, or scores are negative and ``kappa`` is not ``None``.
 
     Example:
         >>> cheap, dear = (Ranked(torch.tensor([1.0, 2.0]), cost=cost) for cost in (1.0, 4.0))
@@ -120,22 +118,22 @@ def unit_scores(scores: Tensor, unit: Tensor | None) -> Tensor:
 
 
 def depletion_factors(groups: Sequence[Ranked], degree: float = 1.0, kappa: float = COUPLING) -> list[Tensor]:
-    """Factors of the scores of groups for what has gone of each before a channel, and how they go together.
+    """Factors by which scores rise as other channels of their group are removed.
 
     Args:
-        groups: each by itself; those of one width are worked through together, which is faster.
+        groups: independent of each other; those of equal width are processed together, which is faster.
         degree: as for :func:`rank`.
         kappa: as there.
 
     Returns:
         For each group ``(channels,)`` float64 on the device of its scores: 1 for the lowest score, and such that
-        no channel is cheaper than those that go before it; 1 where all are zero.
+        no channel ranks below those removed before it; 1 if all scores are zero.
 
     Example:
         >>> depletion_factors([Ranked(torch.tensor([3.0, 1.0, 4.0]))], degree=2)[0].tolist()
         [1.1428571428571428, 1.0, 2.0]
 
-        Two channels that do the same, and a third: the second of the two costs more than it would alone.
+        Two identical channels and a third: the second of the two costs more than it would alone.
 
         >>> twins = Coupling(torch.tensor([[[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]]))
         >>> scores = torch.tensor([1.0, 1.1, 1.2])
@@ -168,29 +166,29 @@ def depletion_factors(groups: Sequence[Ranked], degree: float = 1.0, kappa: floa
 
 
 def _relative(scores: Tensor, degree: float) -> Tensor:
-    """Sizes of offsets, the largest being 1."""
+    """Magnitudes of offsets, scaled so that the largest is 1."""
     largest = scores.max()
     return (scores.double() / torch.where(largest > 0, largest, 1)).pow(1 / degree)
 
 
 def _sorted_leaving(losses: Tensor) -> Tensor:
-    """What each channel adds when those of lower loss have gone: ``(groups, channels)`` float64."""
+    """The loss that each channel adds after those of lower loss: ``(groups, channels)`` float64."""
     ordered, order = losses.sort(dim=1, stable=True)
     return torch.empty_like(losses).scatter_(1, order, ordered * _depletion(ordered))
 
 
 def _depletion(ordered: Tensor) -> Tensor:
-    """All losses of each group over those that are left, from each channel on in the order of leaving."""
+    """The total loss of each group divided by what remains, before each channel in the order of removal."""
     left = ordered.flip(1).cumsum(1).flip(1)
     return torch.where(left > 0, left[:, :1] / left, 1)
 
 
 def _leaving(losses: Tensor, products: Tensor) -> Tensor:
-    """What each channel adds when the cheapest leave first: ``(groups, channels)`` float64.
+    """The loss that each channel adds if the cheapest is always removed next: ``(groups, channels)`` float64.
 
     Args:
         losses: ``(groups, channels)`` float64, q.
-        products: ``(groups, blocks, size, size)``, what the loss of a channel grows by when another is gone.
+        products: ``(groups, blocks, size, size)``, the rise of a channel's loss after another was removed.
     """
     groups, blocks, size, _ = products.shape
     width, total = losses.shape[1], blocks * size
@@ -207,6 +205,6 @@ def _leaving(losses: Tensor, products: Tensor) -> Tensor:
         order.append(place)
     leaving = torch.cat(order, 1)
     added = torch.cat(values, 1) * _depletion(losses.gather(1, leaving))
-    # None is cheaper than those before it, and always a little dearer: Torch-Pruning removes all of equal score.
+    # None costs less than those before it, and always a little more: Torch-Pruning removes all of equal score.
     added = added.cummax(1).values * (1 + 1e-6 * torch.arange(width, device=added.device))
     return torch.empty_like(losses).scatter_(1, leaving, added)

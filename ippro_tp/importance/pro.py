@@ -297,8 +297,8 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
             ranked, cost = None, 1.0
             if pruner is not None and record.producers and why is None:
                 ranked = self._ranked(record, pruner.DG)
-                cost, stopgap = self._scoring(pruner.DG).divisor(record, pruner.model)
-                notes += [] if stopgap is None else [stopgap]
+                cost, fallback = self._scoring(pruner.DG).divisor(record, pruner.model)
+                notes += [] if fallback is None else [fallback]
             rows.append(GroupReport.of(record, scores, sites, unseen, tuple(notes), ranked, cost))
         return Report(tuple(rows), self._notes)
 

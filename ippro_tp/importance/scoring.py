@@ -1,4 +1,4 @@
-"""Scores of groups as functions of statistics and options, computed once: alone, and in a ranking over groups."""
+"""Scores of groups as functions of statistics and options, computed once: alone, and in a global ranking."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ UNCOUNTED = "cost by parameters: the forward pass could not be counted"
 
 
 class Scoring:
-    """Scores of the groups of one calibration under fixed options; a change of either needs a new object.
+    """Scores of the groups of one calibration under fixed options; if either changes, make a new object.
 
     Args:
         options: of the importance.
         sums: what was gathered.
         records: the groups.
-        observed: what else was.
+        observed: what else the calibration showed.
         globally: whether groups are ranked against each other.
     """
 
@@ -78,13 +78,13 @@ class Scoring:
         return self._ranked[record.key]
 
     def cost(self, record: GroupRecord, model: nn.Module) -> tuple[float, str | None]:
-        """What one of the group's channels costs, as a share of the model's, and a note where it is a stopgap."""
+        """The cost of one of the group's channels as a fraction of the model's, and a note if it is a fallback."""
         if record.key not in self._costs:
             self._costs[record.key] = self._cost(record, model)
         return self._costs[record.key]
 
     def divisor(self, record: GroupRecord, model: nn.Module) -> tuple[float, str | None]:
-        """What the group's scores are divided by, and a note where it is a stopgap."""
+        """The divisor of the group's scores, and a note if the cost is a fallback."""
         cost, note = self.cost(record, model)
         return float(cost ** self._options.in_force["cost_exponent"]), note
 

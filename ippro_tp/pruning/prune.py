@@ -194,7 +194,7 @@ def prune_layers(
         ) from error
     device = next((p.device for p in given.parameters()), torch.device("cpu"))
     example_inputs = _moved(example_inputs, device)
-    if iter(loader) is loader:  # it is gone through more than once
+    if iter(loader) is loader:  # it is read more than once
         loader = list(loader)
     table = None
     if unit == "latency":
