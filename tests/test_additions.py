@@ -178,6 +178,16 @@ class Scaled(Block):
         return torch.add(x, self.branch(x), alpha=2)
 
 
+class Overwritten(Block):
+    """What ``last`` reads is changed in place before the sum is made."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        read = torch.tanh(self.first(x))
+        y = self.last(read)
+        read.mul_(0.5)
+        return y
+
+
 class Twins(Block):
     """Both terms are layers: the one that reads more makes up for both."""
 
@@ -206,6 +216,7 @@ def follow(model: Block) -> set[str]:
         (Activated, set()),
         (Returned, set()),
         (Scaled, set()),
+        (Overwritten, set()),
         (Twins, {"last"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cutlayer import CutLayer
+from .passes import read_by
 
 aten = torch.ops.aten
 ADD = (aten.add.Tensor, aten.add_.Tensor)
@@ -31,12 +32,14 @@ class Branch:
         steps: what has been done to the output so far: functions of it.
         factors: those of the channels so far, ``(channels,)``.
         dims: dimension of the layer's output that each dimension is now.
+        read: what the layer read, and how often that had been changed in place by then.
     """
 
     layer: CutLayer
     steps: tuple[Callable[[Tensor], Tensor], ...]
     factors: Tensor
     dims: tuple[int, ...]
+    read: tuple[Tensor, int] | None = None
 
     @property
     def channel(self) -> int:
@@ -95,7 +98,7 @@ class Additions(TorchDispatchMode):
 
     def __enter__(self) -> Additions:
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_hook(self._starts(layer)))
+            self._handles.append(layer.module.register_forward_hook(self._starts(layer), with_kwargs=True))
             if layer.norm is not None:
                 self._handles += [
                     layer.norm.register_forward_pre_hook(self._norm_begins),
@@ -150,6 +153,8 @@ class Additions(TorchDispatchMode):
         if args[0] is args[1]:
             self._refuse(branch)
             return func(*args)
+        if branch.read is not None and branch.read[0]._version != branch.read[1]:
+            self._refuse(branch)  # what it read is no longer there to refit it to
         first = args[0] is value
         self._found.add(branch.layer.name)
         changed = None
@@ -164,12 +169,14 @@ class Additions(TorchDispatchMode):
         return func(value.copy_(changed) if func is aten.add_.Tensor else changed, args[1])
 
     def _starts(self, layer: CutLayer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, y: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+            x = read_by(args, kwargs)
             if not isinstance(y, Tensor) or y.is_nested or not y.is_floating_point():
                 return
             channels = y.shape[1 if isinstance(module, _ConvNd) else -1]
             factors = torch.ones(channels, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
-            self._follow(y, Branch(layer, (), factors, tuple(range(y.dim()))))
+            read = None if x is None or x.is_inference() else (x, x._version)
+            self._follow(y, Branch(layer, (), factors, tuple(range(y.dim())), read))
 
         return hook
 
