@@ -10,20 +10,19 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from ..errors import NotCalibratedError, ObservationError, StaleStatisticsError
 from ..estimators.sums import Sums
 from ..graph.groups import check_widths, group_key, index_tensor, is_unchanged, read_group, records_of
-from ..records import GroupRecord, Layer
-from ..tracing.arguments import arrangements
+from ..records import GroupRecord
 from .batches import batches_of, called, whole_number
 from .guard import preserved
 from .identity import different, fingerprint, weights_of
 from .losses import notes_of
+from .packing import match, pack_record, unpack_record
 from .processes import all_or_none, all_reduce, gather, several, unsynchronised
-from .subject import check_layers, eagerly, resolve
+from .subject import check_layers, eagerly, resolve, trace
 
 Self = TypeVar("Self", bound="Calibrated")
 LossFn = Callable[[Any, Any], Tensor]
@@ -120,7 +119,7 @@ class Calibrated(abc.ABC):
         records: dict[str, GroupRecord] = {}
 
         def groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[GroupRecord]:
-            for record in records_of(target if graph is not None else _trace(model, args, kwargs)):
+            for record in records_of(target if graph is not None else trace(model, args, kwargs)):
                 records[record.key] = record
             check_layers(model, records.values())
             return records.values()
@@ -260,7 +259,7 @@ class Calibrated(abc.ABC):
         return {
             "settings": self._settings(),
             "sums": self._sums.state_dict(),
-            "groups": [_pack_record(record) for record in self._records.values()],
+            "groups": [pack_record(record) for record in self._records.values()],
             "extra": self._extra_state(),
             "fingerprint": dict(self._fingerprint),
             "notes": list(self._notes),
@@ -282,7 +281,7 @@ class Calibrated(abc.ABC):
                 )
             loaded.reset()
             loaded._sums = Sums({name: value.clone() for name, value in state["sums"].items()})
-            records = [_unpack_record(packed) for packed in state["groups"]]
+            records = [unpack_record(packed) for packed in state["groups"]]
             loaded._records = {record.key: record for record in records}
             loaded._load_extra_state(state["extra"])
             loaded._fingerprint = dict(state["fingerprint"])
@@ -336,7 +335,7 @@ class Calibrated(abc.ABC):
         check_widths(record, current)
         self._check_weights(group._DG.model, current)
         same_root = record.key == group_key(group)
-        positions = index_tensor(group[0][1]) if same_root else _match(record, current)
+        positions = index_tensor(group[0][1]) if same_root else match(record, current)
         if positions.numel() and int(positions.max()) >= record.width:
             raise StaleStatisticsError(
                 f"group {current.key!r} asks for channel {int(positions.max())} of {record.width}: the model has "
@@ -404,74 +403,3 @@ def _check_same_groups(records: Mapping[str, GroupRecord]) -> None:
         raise ObservationError(
             f"rank {odd} calibrated other groups or widths than rank 0. Give every rank the same model and pruner."
         )
-
-
-def _match(record: GroupRecord, current: GroupRecord) -> Tensor:
-    """Positions in ``record`` of the channels of ``current``, a group of the same layers rooted elsewhere."""
-    positions = torch.full((current.width,), -1, dtype=torch.long)
-    known = {layer.name: layer for layer in record.producers}
-    for layer in current.producers:
-        then = known[layer.name]
-        lookup = torch.full((layer.channels,), -1, dtype=torch.long)
-        lookup[then.index] = then.root
-        positions[layer.root] = torch.maximum(positions[layer.root], lookup[layer.index])
-    if (positions < 0).any():
-        raise NotCalibratedError(
-            f"group {current.key!r} holds channels that group {record.key!r} of the calibration does not. "
-            "Calibrate with the pruner (or graph) that asks for scores."
-        )
-    return positions
-
-
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dependency graph of a bare model, from one sample of its first batch."""
-    args, kwargs = arrangements(args, kwargs)[0].first(1)
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(True)  # TP follows autograd: frozen layers would be invisible
-        with torch.enable_grad():  # forward-only criteria are calibrated under no_grad
-            return tp.DependencyGraph().build_dependency(
-                model, example_inputs=None, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False
-            )
-    except BaseException:
-        for present, before in hooks:  # Torch-Pruning leaves its own behind
-            present.clear()
-            present.update(before)
-        raise
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-def _pack_record(record: GroupRecord) -> dict[str, Any]:
-    def pack(layers: Iterable[Layer]) -> list[dict[str, Any]]:
-        return [{"name": x.name, "index": x.index, "root": x.root, "channels": x.channels} for x in layers]
-
-    return {
-        "key": record.key,
-        "width": record.width,
-        "producers": pack(record.producers),
-        "consumers": pack(record.consumers),
-        "problems": list(record.problems),
-        "members": list(record.members),
-        "tied": record.tied,
-        "others": pack(record.others),
-    }
-
-
-def _unpack_record(packed: Mapping[str, Any]) -> GroupRecord:
-    return GroupRecord(
-        packed["key"],
-        packed["width"],
-        tuple(Layer(**x) for x in packed["producers"]),
-        tuple(Layer(**x) for x in packed["consumers"]),
-        tuple(packed["problems"]),
-        tuple(packed.get("members", ())),
-        packed.get("tied"),
-        tuple(Layer(**x) for x in packed.get("others", ())),
-    )

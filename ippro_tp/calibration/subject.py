@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -15,6 +16,7 @@ from ..errors import ObservationError
 from ..graph.groups import Graph, graph_of
 from ..layers import unfused
 from ..records import GroupRecord
+from ..tracing.arguments import arrangements
 
 
 def resolve(target: Any) -> tuple[Graph | None, nn.Module]:
@@ -51,6 +53,31 @@ def resolve(target: Any) -> tuple[Graph | None, nn.Module]:
             "(model._orig_mod) and compile the pruned one."
         )
     return graph, model
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dependency graph of a bare model, from one sample of its first batch."""
+    args, kwargs = arrangements(args, kwargs)[0].first(1)
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(True)  # TP follows autograd: frozen layers would be invisible
+        with torch.enable_grad():  # forward-only criteria are calibrated under no_grad
+            return tp.DependencyGraph().build_dependency(
+                model, example_inputs=None, forward_fn=lambda m, _: m(*args, **kwargs), verbose=False
+            )
+    except BaseException:
+        for present, before in hooks:  # Torch-Pruning leaves its own behind
+            present.clear()
+            present.update(before)
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 def check_layers(model: nn.Module, records: Iterable[GroupRecord]) -> None:
