@@ -19,6 +19,8 @@ from .trial import cut, difference, like, module_of, reference_outputs, spread
 TOLERANCE = 1e-4
 DOUBLE = 30_000_000
 """Models with fewer parameters are compared in double precision, where rounding hides nothing."""
+FINE = 1e-6
+"""Tolerance in double precision: some layers (Llama's norms) compute in single precision all the same."""
 Leaves = set[tuple[str, str]]
 Status = Literal["proved", "repaired", "whole"]
 
@@ -47,7 +49,7 @@ class Bench:
         self.wide = small and self._run(self.model.double()) is not None
         if small and not self.wide:
             self.model = spread(fresh_copy(graph.model), seed)
-        self.tolerance = 1e-7 if self.wide else TOLERANCE
+        self.tolerance = FINE if self.wide else TOLERANCE
         self.numbers: list[Axis] = []
         self.used: list[Axis] = []
         self.ties: list[tuple[Tensor, Tensor]] = []
