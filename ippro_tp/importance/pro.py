@@ -331,7 +331,8 @@ class PROImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignor
         if not any(v.count_nonzero() for name, v in observation.sums.items() if not name.startswith(counts)):
             raise ObservationError(
                 "all gradients are exactly zero, so nothing can be ranked: the prediction is saturated (a softmax "
-                "of huge logits), the loss does not depend on the output, or they vanish in float16. Give "
+                "of huge logits), the last layer holds zeros, the loss does not depend on the output, or they "
+                "vanish in float16. Give "
                 "calibrate() another loss_fn, LogitNoise() for example; under fp16 autocast use bf16, or a "
                 "GradScaler, passed as observe(..., loss_scale=scaler)."
             )
