@@ -24,7 +24,9 @@ WORK, FEWEST, MOST = 1 << 32, 2048, 16384
 MATRICES = 6
 """Matrices of features squared that a regression holds at a time."""
 HELD_OUT, MOST_HELD_OUT = 1 / 10, 64
-"""Of the samples, this part, at most that many, are kept from the fit and judge the whole."""
+"""Of the samples, this part, at most that many, are kept from the fit and judge the whole; ..."""
+ENOUGH = 4
+"""... of so many or more, at least one."""
 BATCH, LEAST_BATCH, BATCH_BYTES = 64, 8, 40 << 20
 """Samples per forward pass before the cut, where any number gives the same: as many as fit into a cache."""
 
@@ -155,7 +157,7 @@ class Recording:
         budget = Budget.of(layers, self.facts, samples.count, memory)
         self._rows = budget.rows
         chosen = even_choice(samples.count, budget.samples)
-        held = min(MOST_HELD_OUT, int(len(chosen) * HELD_OUT))
+        held = min(MOST_HELD_OUT, max(int(len(chosen) * HELD_OUT), int(len(chosen) >= ENOUGH)))
         self._judging = chosen
         if held:
             out = even_choice(len(chosen), held)
