@@ -483,7 +483,7 @@ def test_full_groups_are_not_read_again(monkeypatch):
     def fail(group):
         raise AssertionError("read again")
 
-    monkeypatch.setattr("ippro_tp.calibration.calibrated.read_group", fail)
+    monkeypatch.setattr("ippro_tp.calibration.statistics.read_group", fail)
     again = [imp(group) for group in groups]
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
     full = next(scores for scores in expected if len(scores) == 8)
