@@ -127,7 +127,7 @@ class Additions(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._inside is not None or not (self._branches or self._done):
             return func(*args, **kwargs)
-        given = pytree.tree_leaves((args, kwargs))
+        given = _tensors(args, kwargs)
         for x in given:
             self._read_again(x)
         read = [(x, branch) for x in given if (branch := self._of(x)) is not None]
@@ -216,6 +216,17 @@ class Additions(TorchDispatchMode):
 
     def _refuse(self, *branches: Branch) -> None:
         self.refused.update(branch.layer.name for branch in branches)
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """What an operator is called with: tensors, and lists of them."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [x for x in value if isinstance(x, Tensor)]
+    return found
 
 
 def _alike(args: Any) -> bool:

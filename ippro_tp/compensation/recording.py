@@ -57,6 +57,7 @@ class Recorded:
 
     def __init__(self, layout: Layout, some: int, count: int, drawn: bytes) -> None:
         self._layout, self._some, self._count, self._drawn = layout, some, count, drawn
+        self._chosen: Tensor | None = None
         self._parts: list[tuple[Tensor, int, Tensor]] = []
         self._shapes: list[tuple[tuple[int, ...], torch.Size]] = []
 
@@ -75,8 +76,10 @@ class Recorded:
         if shape[self._layout.axis] != self._layout.rows * samples:
             return
         each = math.prod(shape) // samples
-        index = choose(each * self._count, self._some)
-        index = index[(index >= first * each) & (index < (first + samples) * each)] - first * each
+        if self._chosen is None:
+            self._chosen = choose(each * self._count, self._some)
+        begin, end = torch.searchsorted(self._chosen, torch.tensor([first, first + samples]) * each).tolist()
+        index = self._chosen[begin:end] - first * each
         even = (self._layout.samples(Rows(shape, index), samples) + first) % 2 == 0
         index = torch.cat([index[even], index[~even]])
         rows = Rows(shape, index.to(given[0].device))
