@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -223,6 +224,17 @@ def follow(model: Block) -> set[str]:
 )
 def test_only_what_nothing_else_reads_counts_as_added(kind: type[Block], added: set[str]) -> None:
     assert follow(kind().eval()) == added
+
+
+def test_what_layers_read_is_not_kept_alive() -> None:
+    """All samples go side by side: an input for each block of a deep network would not fit into memory."""
+    model, seen = Block().eval(), []
+    model.last.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    with torch.no_grad(), Additions([CutLayer("last", model.last)]) as additions:
+        model(torch.randn(5, 6))
+        model.read = None
+        assert additions.added == {"last"}
+        assert [x() for x in seen] == [None]
 
 
 def test_nothing_is_left_behind() -> None:

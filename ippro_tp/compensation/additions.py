@@ -207,7 +207,7 @@ class Additions(TorchDispatchMode):
 
     def _finish(self, x: Tensor, branch: Branch) -> None:
         del self._branches[id(x)]
-        self._done[id(x)] = weakref.ref(x), branch
+        self._done[id(x)] = weakref.ref(x), replace(branch, read=None)  # not to keep what it read alive
 
     def _read_again(self, x: Any) -> None:
         known = self._done.get(id(x))
