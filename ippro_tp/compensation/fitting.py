@@ -12,7 +12,7 @@ from ..errors import ObservationError
 from .additions import Additions, Branch
 from .cutlayer import CutLayer, memory_of, shared_parameters
 from .passes import drawn_so_far, read_by, reproducibly
-from .patches import inputs_at, outputs_at
+from .patches import inputs_at, sum_at
 from .recording import Recording
 from .regression import mean_square, refit
 from .reports import LayerReport
@@ -169,8 +169,7 @@ class FittingPass:
             if layer.module.bias is not None:
                 given += layer.module.bias.to(dtype).view(layer.groups, 1, -1)
         else:
-            at = [outputs_at(layer.module, term, wanted.rows).to(dtype) for term in terms]
-            given = _grouped(torch.stack(at).sum(0), layer.groups)
+            given = _grouped(sum_at(layer.module, terms, wanted.rows, dtype), layer.groups)
         read, y, error, even = _finite(read, y, y - given, wanted.even)
         if several:
             parts = self._gathered.setdefault(layer.name, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,12 @@ def outputs_at(module: nn.Module, y: Tensor, rows: Rows) -> Tensor:
         return y.reshape(-1, y.shape[-1]).index_select(0, index)
     space = math.prod(rows.shape[1:])
     found: Tensor = y.flatten(2)[index // space, :, index % space] if y.dim() > 2 else y[index]
+    return found
+
+
+def sum_at(module: nn.Module, terms: Iterable[Tensor], rows: Rows, dtype: torch.dtype) -> Tensor:
+    """``(rows, channels)``: the sum at some positions of tensors laid out like a layer's output."""
+    found: Tensor = sum(outputs_at(module, term, rows).to(dtype) for term in terms)  # type: ignore[assignment]
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .additions import Additions, Branch
 from .cutlayer import CutLayer
 from .passes import after_each, device_of, drawn_so_far, reproducibly
-from .patches import Rows, choose, outputs_at, rows_of
+from .patches import Rows, choose, rows_of, sum_at
 from .probe import Facts, Layout, probe
 from .samples import Samples, even_choice
 
@@ -83,9 +83,7 @@ class Recorded:
         even = (self._layout.samples(Rows(shape, index), samples) + first) % 2 == 0
         index = torch.cat([index[even], index[~even]])
         rows = Rows(shape, index.to(given[0].device))
-        values = outputs_at(module, given[0], rows)
-        for other in given[1:]:
-            values = values + outputs_at(module, other, rows)
+        values = sum_at(module, given, rows, given[0].dtype)
         self._parts.append((index + first * each, int(even.sum()), values))
 
     def joined(self) -> Wanted | None:
