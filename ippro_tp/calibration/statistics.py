@@ -193,8 +193,9 @@ class Statistics:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Object identities mean nothing in another process or in a copy.
-        return {name: value for name, value in self.__dict__.items() if name != "_known"} | {"_model": None}
+        # Object identities mean nothing in another process or in a copy, and scores are worked out again.
+        state = {name: value for name, value in self.__dict__.items() if name != "_known"}
+        return state | {"_model": None, "_cache": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch_pruning as tp
 
+from ..calibration.calibrated import Calibrated
 from ..graph.steps import running_pruner
 
 
-class Bound:
+class Bound(Calibrated):
     """Remembers weakly the pruner whose graph asks; copies and pickles leave it behind."""
 
     _pruner: weakref.ref[Any] | None = None
@@ -32,6 +33,14 @@ class Bound:
             raise TypeError(f"bind() needs a torch_pruning pruner or None, not {type(pruner).__name__}")
         self._pruner = None if pruner is None else weakref.ref(pruner)
         self._rebound()
+
+    def reset(self) -> None:
+        """Forget all statistics, and the pruner."""
+        super().reset()
+        self._pruner = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_pruner": None}
 
     def _rebound(self) -> None:
         """Called when another pruner may ask."""

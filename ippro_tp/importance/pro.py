@@ -213,7 +213,7 @@ class PROImportance(Scored, tp.importance.Importance):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all statistics, and the pruner."""
         super().reset()
-        self._pruner, self._observed = None, Observed()
+        self._observed = Observed()
 
     def _settings(self) -> dict[str, Any]:
         return {"class": type(self).__name__, **self._options.of_statistics}
@@ -223,9 +223,6 @@ class PROImportance(Scored, tp.importance.Importance):  # type: ignore[misc]
 
     def _load_extra_state(self, extra: Any) -> None:
         self._observed = replace(Observed.unpack(extra), options=self._options.of_statistics)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pruner": None, "_cache": {}}
 
 
 def _work(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.calibrated import Calibrated
 from ..errors import NotCalibratedError
 from ..estimators.coupling import Coupling
 from ..graph.groups import group_key
@@ -23,7 +22,7 @@ from .report import GroupReport, Report
 from .scoring import Scoring
 
 
-class Scored(Bound, Calibrated):
+class Scored(Bound):
     """Scores of groups as the pruner that asks ranks them.
 
     What a pruner compares is made of the estimator's scores, its own units and whether it ranks globally.
@@ -163,7 +162,7 @@ class Scored(Bound, Calibrated):
         estimator, wiring = estimator_of(self._options), self._observed.wiring
         rows = []
         for record in self._records.values():
-            scores = self._scoring().alone(record, model if model is not None else nn.Module())
+            scores = self._group_scores(record, model if model is not None else nn.Module())
             layers = estimator.layers(record, wiring)
             sites = {p.name: wiring.site_of(p.name) for p in layers if p.name in wiring.seen}
             unseen = tuple(p.name for p in record.producers if p.name not in wiring.seen)

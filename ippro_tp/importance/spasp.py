@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..calibration.calibrated import Calibrated, LossFn
+from ..calibration.calibrated import LossFn
 from ..calibration.inputs import InputObservation
 from ..calibration.losses import cross_entropy
 from ..errors import StaleStatisticsError
@@ -27,7 +27,7 @@ from .binding import Bound
 Signed = Literal["sum", "abs", "gated"]
 
 
-class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ignore[misc]
+class SpaSPImportance(Bound, tp.importance.Importance):  # type: ignore[misc]
     r"""Importance of channels by i-SpaSP: how much their summed activations matter to the layers that read them.
 
     Source: Wolfe and Kyrillidis, "i-SpaSP: Structured Neural Pruning via Sparse Signal Recovery", PMLR v168,
@@ -85,11 +85,6 @@ class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ign
     def _asked_by(self, target: Any) -> None:
         self.bind(target if isinstance(target, tp.pruner.BasePruner) else None)
 
-    def reset(self) -> None:
-        """Forget all statistics, and the pruner."""
-        super().reset()
-        self._pruner = None
-
     def _observation(
         self,
         model: nn.Module,
@@ -140,9 +135,6 @@ class SpaSPImportance(Bound, Calibrated, tp.importance.Importance):  # type: ign
             "        for images, labels in loader:\n"
             "            model(images)"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pruner": None}
 
     # -- scores ------------------------------------------------------------------------------------------------
 
