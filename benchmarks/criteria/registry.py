@@ -17,7 +17,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from benchmarks.criteria import baselines
+from benchmarks.criteria import baselines, peers
 from benchmarks.criteria.ablation import Ablation
 from benchmarks.errors import UsageError
 from benchmarks.tasks.base import Batch
@@ -165,6 +165,16 @@ def _hessian_fixed(model, pruner, batches, seed):
 def _ablation(model, pruner, batches, seed):
     """No criterion to use: a pass over the images for each channel."""
     return Ablation(model, batches)
+
+
+@criterion("chip", data="forward")
+def _chip(model, pruner, batches, seed):
+    return peers.chip(model, batches)
+
+
+@criterion("vbp-all", data="forward", degree=2)
+def _vbp_all(model, pruner, batches, seed):
+    return peers.variance(model, batches, hidden=False)
 
 
 @criterion("pro", data="backward", coupled=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.criteria.registry import find_criterion
+from benchmarks.criteria.repairs import REPAIRS
 from benchmarks.harness.cells import UNPRUNED, Cell, environment, peak_memory_mb
 from benchmarks.harness.cost import network_cost
 from benchmarks.harness.evaluate import accuracy, reestimate_batchnorm
@@ -70,7 +71,7 @@ class ArmRunner:
     _memos: dict[tuple, dict[float, float]] = field(default_factory=dict)
     _measured: dict[tuple, FrozenScores] = field(default_factory=dict)
     _plans: dict[tuple, Plan] = field(default_factory=dict)
-    _compensations: dict[int, Compensation] = field(default_factory=dict)
+    _compensations: dict[tuple[type, int], Compensation] = field(default_factory=dict)
 
     def run(self, cell: Cell) -> dict:
         """Return the record of ``cell``; an exception becomes a record with ``status`` ``"failed"``."""
@@ -198,18 +199,20 @@ class ArmRunner:
         self._measured[key] = scaled(logs)
         return self._measured[key]
 
-    def _compensation(self, seed: int) -> Compensation:
-        """Return second moments of the unpruned network over the calibration images of ``seed``."""
-        if seed not in self._compensations:
+    def _compensation(self, cell: Cell) -> Compensation:
+        """Return the refit of ``cell``, ours or a peer's, calibrated on the images of its seed."""
+        make = REPAIRS.get(cell.compensation, Compensation)
+        if (make, cell.seed) not in self._compensations:
             model = copy.deepcopy(self.task.model)
             pruner = build_pruner(model, self.task.example, self.task.ignored, lambda group: None)
-            self._compensations[seed] = Compensation().calibrate(pruner, self.batches(seed), progress=False)
-        return self._compensations[seed]
+            made = make().calibrate(pruner, self.batches(cell.seed), progress=False)
+            self._compensations[make, cell.seed] = made
+        return self._compensations[make, cell.seed]
 
     def _compensated(self, cell: Cell, scores: FrozenScores, plan: Plan, seconds: dict[str, float]) -> Plan:
         """Return the same network as ``plan``'s, pruned with compensation."""
         with _timed(seconds, "calibration"):
-            compensation = self._compensation(cell.seed)
+            compensation = self._compensation(cell)
         with _timed(seconds, "compensation"):
             pruned = self._prune(scores, plan.found.ratio, cell.scope, plan.rounding == "staggered", compensation)
         if pruned.widths != plan.pruned.widths:
@@ -238,7 +241,7 @@ class ArmRunner:
             if settings.block_epochs:
                 finetune(model, task, recipe, cell.seed, settings.device)
 
-        compensation = self._compensation(cell.seed) if cell.compensation != "none" else None
+        compensation = self._compensation(cell) if cell.compensation != "none" else None
         with _timed(seconds, "schedule"):
             pruned = prune_front_to_back(
                 task.model,

@@ -47,9 +47,10 @@ class CompareConfig(TaskConfig):
     know it; coupled0.5: by another kappa than the package's."""
     cost_exponent: float | None = None
     """Power of the cost; by default half the criterion's degree: 0.5 for scores like absolute values."""
-    compensate: tuple[Literal["none", "fold", "recover"], ...] = ("none",)
+    compensate: tuple[Literal["none", "fold", "recover", "mean", "folding", "gram"], ...] = ("none",)
     """fold: refit each layer to what it gave before the cut (``ippro_tp.Compensation``); recover: after that,
-    distil the unpruned network on the calibration images, without labels (``ippro_tp.Recovery``)."""
+    distil the unpruned network on the calibration images, without labels (``ippro_tp.Recovery``); mean (VBP's),
+    folding and gram (GRAIL's): what others do, in our implementation (``criteria/repairs.py``)."""
     recovery_steps: int = 0
     """Steps of the recovery; 0 for the package's default."""
     schedule: tuple[Literal["once", "front"], ...] = ("once",)

@@ -19,6 +19,15 @@ from benchmarks.harness.tables import github_table, spread
 from ippro_tp.cli import runs
 
 PHASES = PANELS | {"bn": "BN re-estimated"}
+REFITS = {
+    "none": "",
+    "fold": " + compensation",
+    "recover": " + recovery",
+    "mean": " + mean in the bias",
+    "folding": " + folding",
+    "gram": " + Gram ridge",
+}
+"""Of ``--compensate``, as the tables name them."""
 REFERENCE = "l1"
 MISSED, FAILED, ABSENT = "missed", "failed", "·"
 
@@ -80,7 +89,7 @@ def _row(record: dict) -> dict:
     arm = config["criterion"] if config["cost"] == "none" else f"{config['criterion']} / {config['cost']}"
     depletion = config.get("depletion", "none")
     arm += {"none": "", "log": ", depletion"}.get(depletion, f", {depletion}")
-    arm += {"none": "", "fold": " + compensation"}.get(config.get("compensation", "none"), " + recovery")
+    arm += REFITS[config.get("compensation", "none")]
     arm += "" if config.get("schedule", "once") == "once" else ", front to back"
     arm += "" if config.get("widths", "scores") == "scores" else ", widths measured"
     row = {"task": f"{config['task']} {config['model']}", "arm": arm}

@@ -19,6 +19,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.criteria import peers
+from benchmarks.criteria.repairs import REPAIRS
 from benchmarks.errors import UsageError
 from benchmarks.tasks import Task, TaskConfig, build_task
 from benchmarks.tasks.imagefolder import unlabelled
@@ -35,6 +37,14 @@ IMPORTANCES: dict[str, Callable[[], Any]] = {
     "random": tp.importance.RandomImportance,
 }
 """Torch-Pruning's as it ships them, ranked by the same loop, which knows heads and keeps every group alive."""
+PEERS: dict[str, Callable[[nn.Module, list], Any]] = {
+    "chip": peers.chip,
+    "vbp": peers.variance,
+    "vbp-all": lambda model, batches: peers.variance(model, batches, hidden=False),
+    "l2-plain": lambda model, batches: peers.OnlyWhere(IMPORTANCES["l2"](), peers.is_plain),
+}
+"""Ours, from published descriptions: they look at the unpruned model first. l2-plain is for folding and GRAIL."""
+REFITS = ("none", "compensation", "recovery", *REPAIRS)
 COLUMNS = (
     "model", "importance", "refit", "scope", "target", "seed", "calibration", "status", "macs", "params",
     "accuracy", "among", "agreement", "other", "seconds",
@@ -51,7 +61,8 @@ class ProductConfig:
     """Rows are added to this file."""
     importances: tuple[str, ...] = ("pro", "l2", "taylor")
     refits: tuple[str, ...] = ("none", "compensation")
-    """none, compensation, recovery (compensation and then distillation, without labels)."""
+    """none, compensation, recovery (compensation and then distillation, without labels); bn (new BatchNorm
+    statistics), mean (VBP's), folding, gram (GRAIL's): see ``criteria/repairs.py``."""
     targets: tuple[float, ...] = (0.75, 0.5)
     """Fractions of the MACs that are left."""
     scopes: tuple[str, ...] = ("global",)
@@ -70,8 +81,11 @@ class ProductConfig:
 def run(config: ProductConfig) -> None:
     """Run all cells that are missing and print each."""
     for name in config.importances:
-        if name not in IMPORTANCES:
-            raise UsageError(f"unknown importance {name!r}; known: {', '.join(IMPORTANCES)}")
+        if name not in IMPORTANCES and name not in PEERS:
+            raise UsageError(f"unknown importance {name!r}; known: {', '.join((*IMPORTANCES, *PEERS))}")
+    for refit in config.refits:
+        if refit not in REFITS:
+            raise UsageError(f"unknown refit {refit!r}; known: {', '.join(REFITS)}")
     torch.set_num_threads(config.threads)
     task = build_task(config.task)
     images, labels = _joined(task, config)
@@ -85,13 +99,14 @@ def run(config: ProductConfig) -> None:
     _write(config.out, done, [*base, "ok", 1.0, 1.0, *judge.figures(task.model), 0.0])
     for seed in config.seeds:
         loader = _calibration(task, config, seed)
+        looked: dict[str, Any] = {}
         for scope in config.scopes:
             for target in config.targets:
                 for name in config.importances:
                     for refit in config.refits:
                         cell = (task.model_name, name, refit, scope, target, seed, source)
                         if tuple(map(str, cell)) not in done:
-                            _write(config.out, done, [*cell, *_cell(task, loader, judge, cell)])
+                            _write(config.out, done, [*cell, *_cell(task, loader, judge, cell, looked)])
 
 
 @dataclass
@@ -125,18 +140,21 @@ def _calibration(task: Task, config: ProductConfig, seed: int) -> list:
     return list(images[order[: config.calibration_images]].split(min(50, config.task.batch_size)))
 
 
-def _cell(task: Task, loader: list, judge: _Judge, cell: tuple) -> list:
+def _cell(task: Task, loader: list, judge: _Judge, cell: tuple, looked: dict[str, Any]) -> list:
     _, name, refit, scope, target, seed, _ = cell
     loss_fn = F.cross_entropy if name == "taylor" else None
     start = time.perf_counter()
+    compensation = REPAIRS[refit]() if refit in REPAIRS else refit != "none"
+    if name in PEERS and name not in looked:  # once for all targets, as some take minutes
+        looked[name] = PEERS[name](task.model, loader)
     try:
         result = prune(
             task.model,
             task.example,
             loader,
             macs=target,
-            importance=IMPORTANCES[name](),
-            compensation=refit != "none",
+            importance=looked[name] if name in PEERS else IMPORTANCES[name](),
+            compensation=compensation,
             scope=scope,
             seed=seed,
             loss_fn=loss_fn,

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.harness.finetune import Recipe
+from benchmarks.product import command
 from benchmarks.product.command import COLUMNS, _figures
 from benchmarks.tasks import digits
 
@@ -51,9 +52,28 @@ def test_the_table_gives_means_over_seeds(tmp_path, capsys):
     assert main(["product-table", "--rows", str(rows), "--values", "speed"]) == 2
 
 
-def test_an_unknown_importance_is_named(capsys):
+def test_an_unknown_importance_or_refit_is_named(capsys):
     assert main(["product", "--task", "digits", "--importances", "l3"]) == 2
     assert "unknown importance 'l3'" in capsys.readouterr().err
+    assert main(["product", "--task", "digits", "--refits", "glue"]) == 2
+    assert "unknown refit 'glue'" in capsys.readouterr().err
+
+
+def test_peers_look_once_and_have_rows_of_their_own(tmp_path, monkeypatch):
+    built, looks = digits.build, []
+    monkeypatch.setattr(digits, "build", lambda config: built(config, Recipe(epochs=1, learning_rate=0.03)))
+    chip = command.PEERS["chip"]
+    monkeypatch.setitem(command.PEERS, "chip", lambda *given: looks.append(1) or chip(*given))
+    words = f"{WORDS} --test-images 100 --cache-dir {tmp_path} --out {tmp_path / 'rows.csv'}".split()
+    words[words.index("l2")] = "chip"
+    words[words.index("compensation")] = "gram"
+    assert main(words) == 0
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [(row["importance"], row["refit"], row["status"]) for row in rows[1:]] == [
+        ("chip", "none", "ok"),
+        ("chip", "gram", "ok"),
+    ]
+    assert len(looks) == 1
 
 
 def test_figures_are_those_of_the_definitions():
