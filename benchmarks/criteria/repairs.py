@@ -164,16 +164,17 @@ class Folding(Repair):
             self._fold(record, _others(record.width, gone))
 
     def _fold(self, record: GroupRecord, kept: Tensor) -> None:
-        made, read = [self._places(record, layers) for layers in (record.producers, record.consumers)]
+        made, readers = [self._places(record, layers) for layers in (record.producers, record.consumers)]
+        read = [(m.weight.transpose(0, 1), at) for m, at in readers]
         tensors = [(t, at) for m, at in made for t in _channel_tensors(m)]
         rows = [t[at].flatten(1) for t, at in tensors if isinstance(t, nn.Parameter)]
-        rows += [m.weight.transpose(0, 1)[at].flatten(1) for m, at in read]
+        rows += [columns[at].flatten(1) for columns, at in read]
         labels = clusters(torch.cat(rows, 1), len(kept), self.seed)
-        for tensor, at in tensors:
-            tensor[at[kept, 0]] = merged(tensor[at[:, 0]], labels, len(kept), average=True)
-        for module, at in read:
-            columns = module.weight.transpose(0, 1)
-            columns[at[kept]] = merged(columns[at], labels, len(kept), average=False)
+        for average, places in ((True, tensors), (False, read)):
+            for tensor, at in places:
+                new = merged(tensor[at], labels, len(kept), average)
+                tensor[at] = 0  # what goes has no say in the clusters of later groups
+                tensor[at[kept]] = new
 
     def _places(self, record: GroupRecord, layers: tuple[Layer, ...]) -> list[tuple[nn.Module, Tensor]]:
         """Each layer with ``(width, channels of a position)`` numbers of its channels."""
