@@ -1,4 +1,4 @@
-"""The copies that groups are tried on: which pass, and what mends those that do not."""
+"""Which groups pass when they are tried on copies, and what mends those that do not."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .axes import Axis
 from .dependency import RepairedGraph
 from .numbers import proposals, ties
-from .onepass import call, fresh_copy, plain_operations, tensors_in
-from .trial import cut, difference, like, module_of, reference_outputs, spread
+from .trial import Trial
 
-TOLERANCE = 1e-4
-DOUBLE = 30_000_000
-"""Models with fewer parameters are compared in double precision, where rounding hides nothing."""
-FINE = 1e-6
-"""Tolerance in double precision: some layers (Llama's norms) compute in single precision all the same."""
 Leaves = set[tuple[str, str]]
 Status = Literal["proved", "repaired", "whole"]
 
@@ -40,22 +34,22 @@ class Verdict:
 
 
 class Bench:
-    """The copies that groups are tried on."""
+    """Looks for the groups that pass.
+
+    A quarter of the units of all groups go at once; where the model then computes what it should, all of them are
+    proved. Otherwise those that fail are looked for.
+    """
 
     def __init__(self, graph: RepairedGraph, seed: int) -> None:
         self.graph, self.seed = graph, seed
-        self.model = spread(fresh_copy(graph.model), seed)
-        small = sum(p.numel() for p in self.model.parameters()) < DOUBLE
-        self.wide = small and self._run(self.model.double()) is not None
-        if small and not self.wide:
-            self.model = spread(fresh_copy(graph.model), seed)
-        self.tolerance = FINE if self.wide else TOLERANCE
+        self._trial = Trial(graph, seed)
         self.numbers: list[Axis] = []
         self.used: list[Axis] = []
         self.ties: list[tuple[Tensor, Tensor]] = []
         self.why: dict[str, str] = {}
         self.worked: list[Leaves] = []
         self.failed: str | None = None
+        self._proved: frozenset[str] = frozenset()
 
     def prove(self) -> dict[str, Verdict]:
         """Try all groups, mend what fails, and try together what passes."""
@@ -63,14 +57,10 @@ class Bench:
         verdicts = {key: Verdict("whole", reason) for key, reason in graph.left_whole.items()}
         keys = [k for k in graph._keys.values() if k not in graph.left_whole]
         self.numbers = proposals(graph)
-        passed = self._passing(keys)
-        repaired = self._repair([key for key in keys if key not in passed])
-        failed = [key for key in keys if key not in passed and key not in repaired]
-        repaired |= self._tied(failed)
-        keys = [k for k in graph._keys.values() if k not in graph.left_whole]
-        passed = [key for key in passed if key in keys]
-        passed = self._together([*passed, *repaired])
-        for key in keys:
+        passed, repaired = self._passing(keys), dict[str, str]()
+        if len(passed) < len(keys):
+            passed, repaired = self._mended(keys, passed)
+        for key in (k for k in graph._keys.values() if k not in graph.left_whole):
             if key not in passed:
                 verdicts[key] = Verdict("whole", self.why.get(key, "it fails together with others"))
             elif key in repaired:
@@ -82,16 +72,24 @@ class Bench:
         graph._find_groups_again()
         return verdicts
 
+    def _mended(self, keys: list[str], passed: list[str]) -> tuple[list[str], dict[str, str]]:
+        """Keys that pass together, and what was repaired of some, where they do not all pass as they are."""
+        graph = self.graph
+        repaired = self._repair([key for key in keys if key not in passed])
+        repaired |= self._tied([key for key in keys if key not in passed and key not in repaired])
+        known = [k for k in graph._keys.values() if k not in graph.left_whole]
+        return self._together([*(key for key in passed if key in known), *repaired]), repaired
+
     def _used(self, keys: Sequence[str]) -> list[Axis]:
         classes = torch.cat([torch.zeros(1, dtype=torch.long), *(self._classes(key) for key in keys)])
         classes = classes[classes > 0]
         return [axis for axis in self.numbers if bool(torch.isin(axis.classes, classes).any())]
 
-    def _passing(self, keys: list[str], share: float = 0.0) -> list[str]:
+    def _passing(self, keys: list[str]) -> list[str]:
         """Those of ``keys`` that pass: tried together, then without the kinds around the module that failed."""
         if not keys:
             return []
-        problem = self._try(keys, share)
+        problem = self._try(keys)
         if problem is None:
             return keys
         if len(keys) == 1:
@@ -99,29 +97,29 @@ class Bench:
             return []
         kinds = list(dict.fromkeys(map(_kind, keys)))
         if len(kinds) == 1:
-            return self._of_one_kind(keys, share)
+            return self._of_one_kind(keys)
         near = {_kind(key) for key in keys if self._near(key, self.failed)} if self.failed is not None else set()
         if not near or len(near) == len(kinds):
             near = set(kinds[: len(kinds) // 2])
-        passed = self._passing([key for key in keys if _kind(key) not in near], share)
+        passed = self._passing([key for key in keys if _kind(key) not in near])
         for kind in kinds:
             if kind in near:
-                passed += self._passing([key for key in keys if _kind(key) == kind], share)
+                passed += self._passing([key for key in keys if _kind(key) == kind])
         return passed
 
-    def _of_one_kind(self, keys: list[str], share: float) -> list[str]:
+    def _of_one_kind(self, keys: list[str]) -> list[str]:
         """The same of groups at the same place of repeated blocks: where the first and the last fail, all do."""
         ends = [keys[0], keys[-1]] if len(keys) > 1 else keys
-        passed = [key for key in ends if self._passing([key], share)]
+        passed = [key for key in ends if self._passing([key])]
         rest = keys[1:-1]
         if not passed:
-            if rest and self._try(rest, share) is None:
+            if rest and self._try(rest) is None:
                 return rest
             for key in rest:
                 self.why[key] = self.why[keys[0]]
             return []
         half = len(rest) // 2
-        return passed + self._passing(rest[:half], share) + self._passing(rest[half:], share)
+        return passed + self._passing(rest[:half]) + self._passing(rest[half:])
 
     def _near(self, key: str, failed: str) -> bool:
         """Whether a group has a layer in the module, or in its parent where it has none itself."""
@@ -130,12 +128,14 @@ class Bench:
 
     def _together(self, keys: list[str]) -> list[str]:
         """Those that pass together, with a quarter of their units gone."""
-        passed = self._passing(keys, 0.25)
-        if not passed or len(passed) == len(keys) or self._try(passed, 0.25) is None:
+        if frozenset(keys) == self._proved:
+            return keys
+        passed = self._passing(keys)
+        if not passed or len(passed) == len(keys) or self._try(passed) is None:
             return passed
         kept: list[str] = []
         for key in passed:
-            if self._try([*kept, key], 0.25) is None:
+            if self._try([*kept, key]) is None:
                 kept.append(key)
         return kept
 
@@ -168,6 +168,8 @@ class Bench:
         graph, known, numbers = self.graph, self.graph.facts.classes, self.numbers
         pairs = ties(graph, {key: self._classes(key) for key in failed})
         wanted: list[str] = []
+        if not pairs:
+            return {}
         while pairs:
             graph.tie(known, pairs)
             merged = {key: self._classes(key) for key in graph._keys.values()}
@@ -195,16 +197,22 @@ class Bench:
         mine = [a for a in more if bool(torch.isin(a.classes, classes).any())]
         leaves = list(dict.fromkeys(self._leaf(a) for a in mine))
         others = [a for a in self.numbers if not bool(torch.isin(a.classes, classes).any())]
+        known = self.numbers
+        problems: list[str] = []
         if trials is None:
+            problems.append(self.why.get(keys[0], ""))
             trials = [set(), *({leaf} for leaf in leaves)]
             trials += [set(leaves) - {leaf} for leaf in leaves if len(leaves) > 2]
             trials = sorted(trials, key=lambda t: t not in self.worked)[:10]
-        known = self.numbers
         for trial in trials:
             self.numbers = [*others, *(a for a in mine if self._leaf(a) in trial)]
-            if self._try(keys, 0.0) is None:
+            problem = self._try(keys)
+            if problem is None:
                 self.worked.append(trial)
                 return trial
+            if not trial and problem in problems:  # the same with all numbers and with none
+                break
+            problems.append(problem)
         self.numbers = known
         return None
 
@@ -219,45 +227,25 @@ class Bench:
         found: Tensor = root.classes[index].unique()
         return found
 
-    def _try(self, keys: Sequence[str], share: float) -> str | None:
-        """What goes wrong when units of these groups go; ``None`` if nothing does."""
+    def _removed(self, keys: Sequence[str]) -> Tensor:
+        """Classes of these groups that are tried: a quarter of each, and not as many of all.
+
+        Widths that have to be the same would still be.
+        """
         random = torch.Generator().manual_seed(self.seed)
         chosen = []
         for number, key in enumerate(keys):
             classes = self._classes(key)
-            # Not as many of each: widths that have to be the same would still be.
-            count = max(1, int(share * len(classes))) + number % (4 if share else 3)
-            count = min(count, len(classes) - 1)
+            count = min(max(1, len(classes) // 4) + number % 4, len(classes) - 1)
             chosen.append(classes[torch.randperm(len(classes), generator=random)[:count]])
-        removed = torch.cat(chosen)
-        pruned = fresh_copy(self.model, shared=True)
-        self.failed = None
-        try:
-            cut(self.graph, pruned, removed, [*self.graph.axes, *self.numbers])
-            found = self._run(pruned, quiet=False)
-        except Exception as error:  # whatever a model can raise when its widths do not fit
-            self.failed = module_of(error, pruned)
-            return f"pruned, it does not run: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"[:200]
-        torch.manual_seed(self.seed)
-        wanted = reference_outputs(self.graph, self.model, removed)
-        gap = difference(found or [], wanted)
-        if gap <= self.tolerance:
-            return None
-        return f"pruned, it differs from the original without these channels by {gap:.1e}"
+        return torch.cat(chosen)
 
-    def _run(self, model: nn.Module, quiet: bool = True) -> list[Tensor] | None:
-        settings = self.graph._settings
-        try:
-            torch.manual_seed(self.seed)
-            with plain_operations():
-                out = call(model, like(settings.inputs, model), settings.forward_fn)
-                return list(
-                    tensors_in(out if settings.output_transform is None else settings.output_transform(out))
-                )
-        except Exception:
-            if quiet:
-                return None
-            raise
+    def _try(self, keys: Sequence[str]) -> str | None:
+        """What goes wrong when units of these groups go; ``None`` if nothing does."""
+        problem, self.failed = self._trial(self._removed(keys), [*self.graph.axes, *self.numbers])
+        if problem is None:
+            self._proved = frozenset(keys)
+        return problem
 
 
 def _kind(key: str) -> str:

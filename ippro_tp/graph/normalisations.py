@@ -80,6 +80,7 @@ def layer_norm(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
             made = made * weights[0]
         if len(weights) > 1:
             made = made + weights[1]
+        made = made.contiguous()  # as the operation's own: what follows may depend on it
         out = (made, *extra)[: len(out)] if isinstance(out, tuple) else made
     mode.put(out[0] if isinstance(out, tuple) else out, meet(mode, x.shape, [x, *weights]))
     return out

@@ -126,9 +126,9 @@ def fresh_copy(model: nn.Module, *, shared: bool = False) -> nn.Module:
 
     Args:
         model: what is copied.
-        shared: keep the parameters and buffers of ``model``, which are not to be changed in place.
+        shared: keep the parameters of ``model``, which are not to be changed in place.
     """
-    tensors = (*model.parameters(), *model.buffers()) if shared else ()
+    tensors = tuple(model.parameters()) if shared else ()
     made = copy.deepcopy(model, {id(t): t for t in tensors}).eval()
     for module in made.modules():
         forget_caches(module)

@@ -2,16 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .axes import Axis
 from .dependency import RepairedGraph, retie
-from .onepass import run
+from .onepass import call, fresh_copy, plain_operations, run, tensors_in
+
+TOLERANCE = 1e-4
+CLOSE = 5e-6
+"""In single precision a difference up to this is rounding; smaller models with more are compared in double."""
+DOUBLE = 30_000_000
+"""Models with fewer parameters are compared in double precision, where rounding hides nothing."""
+FINE = 1e-6
+"""Tolerance in double precision: some layers (Llama's norms) compute in single precision all the same."""
+CONTAINERS = (dict, OrderedDict, list, set)
+
+
+class Trial:
+    """Copies of a model that lose channels and get them back.
+
+    Args:
+        graph: of the model.
+        seed: of random numbers that the model draws, and of those that replace constant parameters.
+    """
+
+    def __init__(self, graph: RepairedGraph, seed: int) -> None:
+        self._graph, self._seed = graph, seed
+        self._model = spread(fresh_copy(graph.model, shared=True), seed)
+        self._double: nn.Module | None = None
+        self._failed: str | None = None
+
+    def __call__(self, removed: Tensor, axes: Sequence[Axis]) -> tuple[str | None, str | None]:
+        """What is wrong without some classes of channels, and the name of the module that raised an exception.
+
+        Args:
+            removed: ``(n,)`` classes.
+            axes: what shrinks.
+
+        Returns:
+            ``(None, None)`` if nothing is wrong.
+        """
+        self._failed = None
+        gap, problem = self._gap(self._model, removed, axes)
+        tolerance = TOLERANCE
+        if problem is None and not gap <= CLOSE and (double := self._doubled()) is not None:
+            tolerance, (gap, problem) = FINE, self._gap(double, removed, axes)
+        if problem is None and not gap <= tolerance:
+            problem = f"pruned, it differs from the original without these channels by {gap:.1e}"
+        return problem, self._failed
+
+    def _doubled(self) -> nn.Module | None:
+        """A copy in double precision, of models that are small and can be run in it."""
+        if self._double is None and sum(p.numel() for p in self._model.parameters()) < DOUBLE:
+            try:
+                self._double = fresh_copy(self._model).double()
+                self._run(self._double)
+            except Exception:  # whatever layers raise that know no double precision
+                self._double = nn.Identity()
+        return None if isinstance(self._double, nn.Identity) else self._double
+
+    def _gap(self, model: nn.Module, removed: Tensor, axes: Sequence[Axis]) -> tuple[float, str | None]:
+        """How far ``model`` without these classes is from what it should be, or why it does not run."""
+        with restored(model):
+            try:
+                cut(self._graph, model, removed, axes)
+                found = self._run(model)
+            except Exception as error:  # whatever a model can raise when its widths do not fit
+                self._failed = module_of(error, model)
+                what = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                return float("inf"), f"pruned, it does not run: {what}"[:200]
+        torch.manual_seed(self._seed)
+        with restored(model):
+            return difference(found, reference_outputs(self._graph, model, removed)), None
+
+    def _run(self, model: nn.Module) -> list[Tensor]:
+        settings = self._graph._settings
+        torch.manual_seed(self._seed)
+        with plain_operations():
+            out = call(model, like(settings.inputs, model), settings.forward_fn)
+            return list(tensors_in(out if settings.output_transform is None else settings.output_transform(out)))
 
 
 def reference_outputs(graph: RepairedGraph, model: nn.Module, removed: Tensor) -> list[Tensor]:
@@ -27,7 +105,7 @@ def reference_outputs(graph: RepairedGraph, model: nn.Module, removed: Tensor) -
     """
     classes = graph.layout.classes
     facts = replace(graph.facts, classes=classes)
-    dead = torch.isin(classes.find(torch.arange(len(classes))), removed)
+    dead = marked(len(classes), removed)[classes.find(torch.arange(len(classes)))]
     dead[0] = False
     settings = graph._settings
     return run(
@@ -60,9 +138,10 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 def cut(graph: RepairedGraph, model: nn.Module, removed: Tensor, axes: Sequence[Axis] | None = None) -> None:
     """Remove classes of channels from ``model``, a copy of the graph's."""
+    dead = marked(len(graph.layout.classes), removed)
     with torch.no_grad():
         for axis in graph.axes if axes is None else axes:
-            gone = torch.isin(axis.classes, removed).nonzero().view(-1)
+            gone = dead[axis.classes].nonzero().view(-1)
             if gone.numel():
                 axis.pruner.pruning_dim = -1
                 axis.handler(model.get_submodule(axis.owner), gone.tolist())
@@ -84,26 +163,63 @@ def module_of(error: Exception, model: nn.Module) -> str | None:
     return name.rpartition(".")[0] if type(found).__module__.startswith("torch.nn") else name
 
 
+def marked(size: int, chosen: Tensor) -> Tensor:
+    """``(size,)`` boolean, true at the numbers ``chosen``."""
+    made = torch.zeros(size, dtype=torch.bool)
+    made[chosen] = True
+    return made
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever is set on the modules of ``model`` inside, tensors, numbers, lists and dicts, is undone.
+
+    Only what is written into a tensor stays.
+    """
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    held = [(v, copy.copy(v)) for _, kept in attributes for v in kept.values() if type(v) in CONTAINERS]
+    try:
+        yield
+    finally:
+        for now, kept in (*attributes, *held):
+            now.clear()
+            now.extend(kept) if isinstance(now, list) else now.update(kept)
+
+
 def like(inputs: Any, model: nn.Module) -> Any:
     """``inputs`` in the precision of the model."""
-    double = any(p.dtype == torch.float64 for p in model.parameters())
-    if not double:
-        return inputs
-    if isinstance(inputs, Tensor):
-        return inputs.double() if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {key: like(value, model) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(like(value, model) for value in inputs)
+    if any(p.dtype == torch.float64 for p in model.parameters()):
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     return inputs
 
 
 def spread(model: nn.Module, seed: int) -> nn.Module:
-    """Noise on parameters of one number: a branch that is multiplied by 0 or 1e-6 would prove nothing."""
+    """Noise on parameters of one number: a branch that is multiplied by 0 or 1e-6 would prove nothing.
+
+    They are made anew: others may share them.
+    """
     random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all()):
-                noise = torch.rand(tensor.shape, generator=random).to(tensor)
-                tensor.add_(noise, alpha=0.5 if "running" in name or bool((tensor > 0.5).all()) else 0.1)
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for module in model.modules():
+        for register in (module._parameters, module._buffers):
+            for leaf, tensor in register.items():
+                if tensor is None or not _constant(tensor):
+                    continue
+                if id(tensor) not in made:
+                    with torch.no_grad():
+                        noise = torch.rand(tensor.shape, generator=random).to(tensor)
+                        large = "running" in leaf or bool((tensor > 0.5).all())
+                        moved = tensor + noise * (0.5 if large else 0.1)
+                    own = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = (tensor, nn.Parameter(moved, tensor.requires_grad) if own else moved)
+                register[leaf] = made[id(tensor)][1]  # type: ignore[assignment]
     return model
+
+
+def _constant(tensor: Tensor) -> bool:
+    """Whether all elements of a floating-point tensor are one number."""
+    if not tensor.is_floating_point() or tensor.numel() < 2:
+        return False
+    flat = tensor.detach().reshape(-1)
+    return bool(flat[0] == flat[1]) and bool((flat == flat[0]).all())
