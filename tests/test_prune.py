@@ -554,3 +554,20 @@ def test_what_a_forward_pass_caches_is_no_hindrance(images):
     assert not any(caches)
     assert not any(m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache"))
     assert result.model(x).shape == (2, 3)
+
+
+class Standardised(nn.Linear):
+    """Normalises its weights over the inputs, and cannot where there is one input."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight[None], None, None, training=True)[0]
+        return F.linear(x, weight, self.bias)
+
+
+def test_a_layer_that_does_not_run_at_its_narrowest_keeps_more():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Standardised(6, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
+    x = torch.randn(16, 4)
+    result = prune(model, x[:1], [x], macs=0.15, max_pruning_ratio=1.0, progress=False)
+    assert result.model[2].in_features >= 2
+    assert result.model(x).shape == (16, 2)

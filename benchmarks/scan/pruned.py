@@ -39,7 +39,7 @@ PATIENCE = 30
 """Seconds that Torch-Pruning's tracing and group search may take."""
 FEW = 10_000_000
 """Models with fewer parameters are compared with the slow reference, too."""
-FRESH = 6
+FRESH = 16
 """Number of images, and the seed, of the batch that compensation is judged by."""
 
 

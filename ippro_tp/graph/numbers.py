@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .axes import Axis, number_axis
+from .axes import Axis, TensorPruner, number_axis
 from .labels import squeezed, varying
 
 if TYPE_CHECKING:
@@ -22,7 +25,16 @@ KEPT = (
     "torch.nn.modules.batchnorm",
     "torch.nn.modules.sparse",
 )
-
+LOWERED: tuple[tuple[Any, frozenset[str]], ...] = (
+    (_ConvNd, frozenset({"in_channels", "out_channels", "groups"})),
+    (nn.Linear, frozenset({"in_features", "out_features"})),
+    ((_BatchNorm, _InstanceNorm), frozenset({"num_features"})),
+    (nn.GroupNorm, frozenset({"num_channels"})),
+    (nn.LayerNorm, frozenset({"normalized_shape"})),
+    (nn.Embedding, frozenset({"embedding_dim"})),
+    (nn.PReLU, frozenset({"num_parameters"})),
+)
+"""Numbers that the functions which prune these layers, or classes derived from them, lower already."""
 
 Numbers = Callable[[nn.Module], Mapping[str, str]]
 _REGISTERED: dict[str, Numbers] = {}
@@ -78,12 +90,16 @@ def proposals(graph: RepairedGraph, *, children: bool = False) -> list[Axis]:
         children: look at the forward passes of the module's children as well.
     """
     found: list[Axis] = []
+    pruned = {axis.owner for axis in graph.axes if type(axis.pruner) is not TensorPruner}
     for name, module in graph.model.named_modules():
         if type(module).__module__.startswith(KEPT):
             continue
         registered = _registered(graph, name, module)
         found += registered.values()
-        numbers = [number for number in _numbers(module) if number[0] not in registered]
+        known = set(registered)
+        if name in pruned:
+            known = known.union(*(leaves for kind, leaves in LOWERED if isinstance(module, kind)))
+        numbers = [number for number in _numbers(module) if number[0] not in known]
         if not numbers:
             continue
         vectors = _vectors(graph, name, {value for _, _, value in numbers}, children)
@@ -124,9 +140,8 @@ def ties(graph: RepairedGraph, groups: Mapping[str, Tensor]) -> list[tuple[Tenso
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
     """``(attribute, entry, value)`` of the ints above 1 that a module keeps."""
-    own = isinstance(module, nn.LayerNorm) and module.elementwise_affine and len(module.normalized_shape) == 1
     for leaf, value in vars(module).items():
-        if leaf.startswith("__") or leaf in ("_parameters", "_buffers", "_modules", "training") or own:
+        if leaf.startswith("__") or leaf in ("_parameters", "_buffers", "_modules", "training"):
             continue
         if isinstance(value, int) and not isinstance(value, bool) and value > 1:
             yield leaf, None, value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -177,13 +176,17 @@ def restored(model: nn.Module) -> Iterator[None]:
     Only what is written into a tensor stays.
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    held = [(v, copy.copy(v)) for _, kept in attributes for v in kept.values() if type(v) in CONTAINERS]
+    containers = [v for _, kept in attributes for v in kept.values() if type(v) in CONTAINERS]
+    held = [(v, v.copy()) for v in containers if v]
+    empty = [v for v in containers if not v]
     try:
         yield
     finally:
         for now, kept in (*attributes, *held):
             now.clear()
             now.extend(kept) if isinstance(now, list) else now.update(kept)
+        for container in empty:
+            container.clear()
 
 
 def like(inputs: Any, model: nn.Module) -> Any:

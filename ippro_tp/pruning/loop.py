@@ -24,9 +24,12 @@ from .measure import Meter
 from .order import Ranked, RemovalOrder
 from .scoring import Scorer
 from .search import Found, Sizes, find, tolerance
-from .sizing import cut_copy, cut_sizes, explained, mask_of
+from .sizing import BROKEN, BrokenCutError, cut_copy, cut_sizes, explained, mask_of, multiple_of, widened
 from .steps import GroupChange, Options, StepRecord
 from .structure import Prunable, Structure, forward, read_structure, tensors_in
+
+NARROW = 16
+"""Widths at which a model may fail to run before the search is given up."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Loop:
             StructureError: the model cannot be traced, or does not run once it is cut.
         """
         records = [self._step(number) for number in range(1, self.options.steps + 1)]
-        with explained("the model does not run once it is cut"):
+        with explained(BROKEN):
             shapes = self._output_shapes()
         if shapes != self._shapes:
             raise StructureError(
@@ -90,7 +93,7 @@ class Loop:
         if not scores:
             raise TargetError(f"no group of channels has a score: {_listed(unscored)}", 1.0)
         ranked = [self._ranked(structure.groups[key], values) for key, values in scores.items()]
-        found, predicted = self._search(ranked, structure, number)
+        ranked, found, predicted = self._reached(ranked, structure, number)
         masks = {r.key: mask_of(structure.groups[r.key], r.order[: found.gone[r.key]]) for r in ranked}
         refitted = self._cut(structure, masks)
         groups = [
@@ -124,10 +127,21 @@ class Loop:
         key = prunable.record.key
         least = max(math.ceil((1 - self.options.max_pruning_ratio) * self._units[key] - 1e-9), 1)
         stairs = self.options.stairs if prunable.units >= 4 * self.options.stairs else 0
-        multiple = _multiple(prunable, self.options.round_to or stairs)
+        multiple = multiple_of(prunable, self.options.round_to or stairs)
         return Ranked.of(key, scores, min(least, prunable.units), multiple, prunable.indispensable(scores))
 
     # -- the search --------------------------------------------------------------------------------------------
+
+    def _reached(
+        self, ranked: list[Ranked], structure: Structure, number: int
+    ) -> tuple[list[Ranked], Found, float | None]:
+        """What :meth:`_search` finds among widths at which the model runs, and the groups as they are then."""
+        for _ in range(NARROW):
+            try:
+                return (ranked, *self._search(ranked, structure, number))
+            except BrokenCutError as broken:
+                ranked = widened(ranked, structure, broken)
+        return (ranked, *self._search(ranked, structure, number))
 
     def _search(self, ranked: Sequence[Ranked], structure: Structure, number: int) -> tuple[Found, float | None]:
         """The cut of a step, and the latency predicted for it where that is the target."""
@@ -261,15 +275,6 @@ def _outputs(module: nn.Module) -> int:
         if isinstance(value := getattr(module, name, None), int):
             return value
     return 0
-
-
-def _multiple(prunable: Prunable, round_to: int) -> int:
-    """So many units, or a multiple, have to stay for all layers' widths to be multiples of ``round_to``."""
-    if not round_to:
-        return 1
-    layers = (*prunable.record.producers, *prunable.record.consumers)
-    shares = {len(layer.index) // prunable.units for layer in layers} - {0}
-    return math.lcm(*(round_to // math.gcd(round_to, share) for share in shares))
 
 
 def _change(prunable: Prunable, scores: Tensor, removed: Tensor, mask: Tensor) -> GroupChange:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import IPPROError, StructureError
+from ..graph.trial import module_of
 from .counter import Counts
 from .cut import Cut
 from .measure import Meter, Unit
@@ -17,12 +20,23 @@ from .order import Ranked
 from .search import Sizes
 from .structure import Prunable, Structure
 
+BROKEN = "the model does not run once it is cut"
+
 
 def mask_of(prunable: Prunable, units: Tensor) -> Tensor:
     """Which positions of a group go, where some of its units do."""
     gone = torch.zeros(prunable.units, dtype=torch.bool)
     gone[units] = True
     return gone[prunable.unit]
+
+
+def multiple_of(prunable: Prunable, round_to: int) -> int:
+    """So many units, or a multiple, have to stay for all layers' widths to be multiples of ``round_to``."""
+    if not round_to:
+        return 1
+    layers = (*prunable.record.producers, *prunable.record.consumers)
+    shares = {len(layer.index) // prunable.units for layer in layers} - {0}
+    return math.lcm(*(round_to // math.gcd(round_to, share) for share in shares))
 
 
 def cut_copy(structure: Structure, ranked: Sequence[Ranked], gone: Mapping[str, int]) -> nn.Module:
@@ -33,7 +47,7 @@ def cut_copy(structure: Structure, ranked: Sequence[Ranked], gone: Mapping[str, 
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}  # those that are cut are made anew
     made = copy.deepcopy(model, shared)
     masks = {r.key: mask_of(structure.groups[r.key], r.order[: gone[r.key]]) for r in ranked if gone[r.key]}
-    with explained("the model does not run once it is cut"):
+    with explained(BROKEN):
         Cut(structure, masks).apply(made)
     return made
 
@@ -51,12 +65,50 @@ def cut_sizes(structure: Structure, ranked: Sequence[Ranked], meter: Meter, whol
 
     def left(gone: Mapping[str, int]) -> float:
         model = cut_copy(structure, ranked, gone)
-        with explained("the model does not run once it is cut"):
-            if unit == "params":
-                return sum(p.numel() for p in model.parameters()) / whole.params
-            return meter.counts(model).macs / whole.macs
+        if unit == "params":
+            return sum(p.numel() for p in model.parameters()) / whole.params
+        try:
+            with explained(BROKEN):
+                return meter.counts(model).macs / whole.macs
+        except StructureError as error:
+            cause = error.__cause__
+            place = module_of(cause, model) if isinstance(cause, Exception) else None
+            raise BrokenCutError(str(error), gone, place) from cause
 
     return left
+
+
+class BrokenCutError(StructureError):
+    """A model does not run at the widths of a cut.
+
+    Attributes:
+        gone: units gone of each group.
+        place: name of the module that raised; ``None`` if none did.
+    """
+
+    def __init__(self, message: str, gone: Mapping[str, int], place: str | None) -> None:
+        super().__init__(message)
+        self.gone, self.place = gone, place
+
+
+def widened(ranked: Sequence[Ranked], structure: Structure, broken: BrokenCutError) -> list[Ranked]:
+    """The same groups, of which those at the module that raised keep a unit more than they had then.
+
+    Some layers do not run at every width: statistics of one number, kernels for multiples.
+
+    Raises:
+        BrokenCutError: no group there can keep more.
+    """
+    made, place = [], broken.place
+    for group in ranked:
+        record = structure.groups[group.key].record
+        names = [layer.name for layer in (*record.producers, *record.consumers, *record.others)]
+        there = place is not None and any(name == place or name.startswith(f"{place}.") for name in names)
+        gone = broken.gone.get(group.key, 0)
+        made.append(replace(group, least=group.units - gone + 1) if there and gone else group)
+    if all(one is other for one, other in zip(made, ranked, strict=True)):
+        raise broken
+    return made
 
 
 @contextmanager

@@ -265,6 +265,32 @@ def test_cut_of_many_units_equals_the_reference():
     assert difference([pruned(x)], reference_outputs(graph, model, gone)) < 1e-5
 
 
+class Doubling(nn.Linear):
+    """A layer derived from one of PyTorch's, with a number of its own."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.half = self.out_features
+
+    def forward(self, x):
+        return super().forward(x).view(-1, self.half) * 2
+
+
+def test_numbers_of_derived_layers_are_lowered_once():
+    net = nn.Sequential(
+        Doubling(6, 8), nn.GroupNorm(1, 8), nn.PReLU(8), Doubling(8, 4), nn.LayerNorm(4), Doubling(4, 2)
+    )
+    graph = build_graph(net, VECTORS)
+    prove(graph)
+    for group in list(graph.get_all_groups()):
+        graph.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, [0, 2]).prune()
+    layers = [net[0], net[3], net[5]]
+    assert [(m.in_features, m.out_features, m.half) for m in layers] == [(6, 6, 6), (6, 2, 2), (2, 2, 2)]
+    assert all(m.weight.shape == (m.out_features, m.in_features) for m in layers)
+    assert (net[1].num_channels, net[2].num_parameters, net[4].normalized_shape) == (6, 6, (2,))
+    assert net(VECTORS).shape == (3, 2)
+
+
 class Caching(nn.Module):
     """Keeps a tensor of its forward pass, as LeViT does with attention biases."""
 
