@@ -69,7 +69,11 @@ class Repair(Compensation):
         for dep, idxs in cut:
             module = dep.target.module
             dense = is_dense(module) and not isinstance(module, _ConvTransposeNd)
-            if dense and idxs and not self.graph.is_out_channel_pruning_fn(dep.handler):
+            outputs = self.graph.is_out_channel_pruning_fn(dep.handler)
+            inputs = not outputs and self.graph.is_in_channel_pruning_fn(
+                dep.handler
+            )  # else a number that it keeps
+            if dense and idxs and inputs:
                 name = self.graph._module2name[module]
                 if name in self.moments:  # it was called
                     yield name, module, torch.tensor(sorted(idxs))

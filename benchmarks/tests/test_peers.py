@@ -213,3 +213,26 @@ def test_repairs_keep_the_given_model_and_take_the_harness_pruners(small_task, n
     made = prune(small_task.model, small_task.example, batches, macs=0.6, compensation=repair, progress=False)
     assert made.model(small_task.example).isfinite().all()
     assert all(torch.equal(before[key], value) for key, value in small_task.model.state_dict().items())
+
+
+class Counting(nn.Conv2d):
+    """A convolution whose forward pass reshapes to a number that it keeps."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.planes = self.out_channels
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.view(len(x), self.planes, -1).view(y.shape)
+
+
+@pytest.mark.parametrize("repair", [GramRidge(), MeanFold()])
+def test_numbers_of_outputs_are_not_taken_for_inputs(repair):
+    model = nn.Sequential(
+        Counting(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 5, 3), nn.Flatten(), nn.Linear(80, 2)
+    ).eval()
+    x = torch.randn(9, 3, 8, 8)
+    repaired, _ = cut(model, x, repair, **{"0": torch.arange(12.0)})
+    assert repaired[0].weight.shape == (6, 3, 3, 3)
+    assert repaired(x).shape == (9, 2)
