@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .labels import varying
+from .masks import zeroed
 from .meetings import apart, meet
 from .rules import rule
 
@@ -31,11 +32,28 @@ def _pair(mode: Provenance, one: list[Tensor], other: list[Tensor], size: int) -
     return [*one[:1], *other[:1]]
 
 
+def _factors(mode: Provenance, a: Tensor, b: Tensor, axis: int, other: int) -> tuple[Tensor, Tensor]:
+    """Operands of a product summed over an axis of each, with zeros for the removed channels.
+
+    Zeros in the smaller one are enough, along the axis: whoever reads the others leaves them out.
+    """
+    masks = mode.dead(a), mode.dead(b)
+    along = [[m for m in own if m.shape[x] > 1] for own, x in zip(masks, (axis, other), strict=True)]
+    if not along[0] and not along[1]:
+        return a, b
+    if len(along[0]) == len(along[1]) == 1:
+        one, two = along[0][0], along[1][0]
+        sizes = one.numel(), two.numel(), one.shape[axis], two.shape[other]
+        if len(set(sizes)) == 1 and torch.equal(one.reshape(-1), two.reshape(-1)):
+            return (zeroed(a, [one]), b) if a.numel() <= b.numel() else (a, zeroed(b, [two]))
+    return zeroed(a, masks[0]), zeroed(b, masks[1])
+
+
 @rule("bmm", "mm", "mv", "dot", reads=True)
 def product(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Matrix product, batched or not."""
     a, b = args[:2]
-    out = func(mode.masked(a), mode.masked(b))
+    out = func(*_factors(mode, a, b, -1, max(0, b.dim() - 2)))
     mode.put(out, _product(mode, a, b))
     return out
 
@@ -44,7 +62,7 @@ def product(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
 def add_product(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Matrix product and a bias."""
     bias, a, b = args[:3]
-    out = func(bias, mode.masked(a), mode.masked(b), *args[3:], **kwargs)
+    out = func(bias, *_factors(mode, a, b, -1, b.dim() - 2), *args[3:], **kwargs)
     mode.put(out, _product(mode, a, b))
     mode.put(out, meet(mode, out.shape, [out, bias]))
     return out
@@ -55,7 +73,7 @@ def linear(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """``x @ w.T + bias`` where it is not taken apart."""
     x, w = args[:2]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    out = func(mode.masked(x), mode.masked(w), bias)
+    out = func(*_factors(mode, x, w, -1, -1), bias)
     flat, turned = x.reshape(-1, x.shape[-1]), w.t()
     mode.put(flat, [p.reshape(flat.shape) for p in mode.planes(x)])
     mode.put(turned, [p.t() for p in mode.planes(w)])
@@ -131,7 +149,7 @@ def convolution(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
     """Convolution of any number of axes, grouped or transposed."""
     x, w, bias = args[0], args[1], args[2]
     transposed, groups = bool(args[6]), int(args[8])
-    out = func(mode.masked(x), mode.masked(w), *args[2:], **kwargs)
+    out = func(*_factors(mode, x, w, 1, 0 if args[6] else 1), *args[2:], **kwargs)
     into, made = (0, 1) if transposed else (1, 0)
     reads, writes = _vector(mode, w, into), _vector(mode, w, made)
     for plane in mode.planes(w):

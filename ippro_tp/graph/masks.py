@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def zeroed(tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """``tensor`` with zeros where a mask says so."""
+    for mask in masks:
+        tensor = torch.where(mask, torch.zeros((), dtype=tensor.dtype), tensor)
+    return tensor
 
 
 def moments(x: Tensor, alive: Tensor, axes: list[int]) -> tuple[Tensor, Tensor, Tensor]:

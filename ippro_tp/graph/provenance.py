@@ -224,12 +224,11 @@ class Provenance(TorchDispatchMode):
             labels[number] = self._parents[key]
         return labels[which]
 
-    def alive(self, tensor: Tensor) -> Tensor | None:
-        """Which elements of a tensor are of channels that remain; ``None`` if all are."""
+    def dead(self, tensor: Tensor) -> list[Tensor]:
+        """Which elements of a tensor are of channels that are removed: a mask for each plane that has any."""
         if self.removed is None:
             self.facts.reads.append((self._operation, [self.canonical(plane) for plane in self.planes(tensor)]))
-            return None
-        gone = None
+            return []
         if self.replaying:
             operation, planes = self.facts.reads[self._next_read]
             self._next_read += 1
@@ -237,16 +236,14 @@ class Provenance(TorchDispatchMode):
                 raise ReplayError(f"{self._operation} instead of {operation}")
         else:
             planes = [compact(plane) for plane in self.planes(tensor)]
-        for labels in planes:
-            dead = self.removed[labels]
-            if bool(dead.any()):
-                gone = dead if gone is None else gone | dead
-        return None if gone is None else ~gone
+        return [gone for labels in planes if bool((gone := self.removed[labels]).any())]
 
-    def masked(self, tensor: Tensor) -> Tensor:
-        """``tensor`` with zeros for the channels that are removed."""
-        alive = self.alive(tensor)
-        return tensor if alive is None else torch.where(alive, tensor, torch.zeros((), dtype=tensor.dtype))
+    def alive(self, tensor: Tensor) -> Tensor | None:
+        """Which elements of a tensor are of channels that remain; ``None`` if all are."""
+        gone = None
+        for mask in self.dead(tensor):
+            gone = mask if gone is None else gone | mask
+        return None if gone is None else ~gone
 
     # -- the mode ------------------------------------------------------------------------------------------------
 

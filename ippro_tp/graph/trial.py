@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .axes import Axis
+from .axes import Axis, NumberPruner
 from .dependency import RepairedGraph, retie
 from .onepass import call, fresh_copy, plain_operations, run, tensors_in
 
@@ -39,6 +39,7 @@ class Trial:
         self._model = spread(fresh_copy(graph.model, shared=True), seed)
         self._double: nn.Module | None = None
         self._failed: str | None = None
+        self._last: tuple[list[Tensor], nn.Module, State] | None = None
 
     def __call__(self, removed: Tensor, axes: Sequence[Axis]) -> tuple[str | None, str | None]:
         """What is wrong without some classes of channels, and the name of the module that raised an exception.
@@ -73,7 +74,7 @@ class Trial:
         """How far ``model`` without these classes is from what it should be, or why it does not run."""
         with restored(model):
             try:
-                cut(self._graph, model, removed, axes)
+                self._cut(model, removed, axes)
                 found = self._run(model)
             except Exception as error:  # whatever a model can raise when its widths do not fit
                 self._failed = module_of(error, model)
@@ -83,12 +84,31 @@ class Trial:
         with restored(model):
             return difference(found, reference_outputs(self._graph, model, removed)), None
 
+    def _cut(self, model: nn.Module, removed: Tensor, axes: Sequence[Axis]) -> None:
+        """Cut ``model``: its tensors as the last time, where the same classes go and only numbers differ."""
+        numbers = [axis for axis in axes if isinstance(axis.pruner, NumberPruner)]
+        tensors = [axis for axis in axes if not isinstance(axis.pruner, NumberPruner)]
+        known = [removed, *(axis.classes for axis in tensors)]
+        if self._last is not None and self._last[1] is model and _same(self._last[0], known):
+            self._last[2].put()
+            return cut(self._graph, model, removed, numbers)
+        self._last = None
+        cut(self._graph, model, removed, tensors)
+        self._last = (known, model, State(model))
+        return cut(self._graph, model, removed, numbers)
+
     def _run(self, model: nn.Module) -> list[Tensor]:
         settings = self._graph._settings
         torch.manual_seed(self._seed)
         with plain_operations():
             out = call(model, like(settings.inputs, model), settings.forward_fn)
             return list(tensors_in(out if settings.output_transform is None else settings.output_transform(out)))
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether the same classes go (the first of each), of the very same axes."""
+    same = len(one) == len(other) and all(a is b for a, b in zip(one[1:], other[1:], strict=True))
+    return same and torch.equal(one[0], other[0])
 
 
 def reference_outputs(graph: RepairedGraph, model: nn.Module, removed: Tensor) -> list[Tensor]:
@@ -169,24 +189,32 @@ def marked(size: int, chosen: Tensor) -> Tensor:
     return made
 
 
+class State:
+    """What is set on the modules of ``model`` now: tensors, numbers, lists and dicts, not what tensors hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+        containers = [v for _, kept in self._attributes for v in kept.values() if type(v) in CONTAINERS]
+        self._held = [(v, v.copy()) for v in containers if v]
+        self._empty = [v for v in containers if not v]
+
+    def put(self) -> None:
+        """Set it again."""
+        for now, kept in (*self._attributes, *self._held):
+            now.clear()
+            now.extend(kept) if isinstance(now, list) else now.update(kept)
+        for container in self._empty:
+            container.clear()
+
+
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Whatever is set on the modules of ``model`` inside, tensors, numbers, lists and dicts, is undone.
-
-    Only what is written into a tensor stays.
-    """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    containers = [v for _, kept in attributes for v in kept.values() if type(v) in CONTAINERS]
-    held = [(v, v.copy()) for v in containers if v]
-    empty = [v for v in containers if not v]
+    """Whatever is set on the modules of ``model`` inside is undone."""
+    state = State(model)
     try:
         yield
     finally:
-        for now, kept in (*attributes, *held):
-            now.clear()
-            now.extend(kept) if isinstance(now, list) else now.update(kept)
-        for container in empty:
-            container.clear()
+        state.put()
 
 
 def like(inputs: Any, model: nn.Module) -> Any:
