@@ -177,7 +177,7 @@ def timm_variants(family: str, counts: Counts) -> list[Entry]:
             found.append(Entry(f"timm/{name}", family, params))
         return {e.name: e.params for e in sorted(found, key=_size)[:VARIANTS]}
 
-    return [Entry(name, family, params) for name, params in counts.of(family, smallest).items()]
+    return [Entry(name, family, params) for name, params in counts.of(family, smallest, dict).items()]
 
 
 class Counts:
@@ -187,9 +187,9 @@ class Counts:
         self._path = path
         self._counts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
-    def of(self, name: str, count: Callable[[], T]) -> T:
-        """Return what is stored under ``name``, or store and return what ``count`` returns."""
-        if name not in self._counts:
+    def of(self, name: str, count: Callable[[], T], kind: type = object) -> T:
+        """Return what is stored under ``name`` if it is a ``kind``, or store and return what ``count`` returns."""
+        if name not in self._counts or not isinstance(self._counts[name], kind):
             self._counts[name] = count()
             write_json(self._path, self._counts)
         return self._counts[name]
@@ -213,7 +213,7 @@ def resolve(name: str, counts: Counts) -> list[Entry]:
 
         for module in timm.list_modules():
             if bare in timm.list_models(module=module):
-                params = _count(counts, f"timm/{bare}", lambda: timm.create_model(bare))
+                params = _count(counts, f"timm/{module}/{bare}", lambda: timm.create_model(bare))
                 found.append(Entry(f"timm/{bare}", f"timm/{module}", params))
                 break
     if not found:
