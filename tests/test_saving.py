@@ -281,6 +281,21 @@ def test_shared_modules_and_tied_parameters_stay_one(tmp_path):
     assert again[0].weight is again[3].weight
 
 
+def test_recurrent_layers_list_the_parameters_that_they_hold(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(3, 4, bidirectional=True)).eval()
+    x = torch.randn(5, 2, 3)
+    save_pruned(model, tmp_path)
+    again = load_pruned(tmp_path)
+    layer = again[0]
+    assert all(
+        one is getattr(layer, name)
+        for one, name in zip(layer._flat_weights, layer._flat_weights_names, strict=True)
+    )
+    assert all(one() is other for one, other in zip(layer._flat_weight_refs, layer._flat_weights, strict=True))
+    assert torch.equal(again(x)[0], model(x)[0])
+
+
 def test_plain_tensors_that_modules_keep_come_back(tmp_path):
     model = nn.Sequential(nn.Linear(3, 2))
     kept = {"cpu": torch.randn(2, 3, dtype=torch.float64), "none": torch.empty(0), "one": torch.tensor(7)}

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .numbers import set_registered
+
 
 def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
     """The fused ``qkv`` layers of a model and their numbers of heads, for ``num_heads=`` of a pruner.
@@ -28,19 +30,17 @@ def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
 def update_attention(pruner: Any) -> None:
     """Update the numbers and sizes of heads that the attention modules of a pruned model store.
 
-    Their forward pass reshapes by attributes (``num_heads``, ``head_dim``, ``attn_dim``, ``scale``;
-    ``hidden_dim`` in torchvision's ViT) that Torch-Pruning does not update. Modules whose layers kept their widths
-    are not touched.
+    Their forward pass reshapes by attributes (``num_heads``, ``head_dim``, ``attn_dim``, ``scale``) that
+    Torch-Pruning does not update. So do other classes, by numbers that are registered
+    (:func:`~ippro_tp.graph.numbers.register_numbers`; ``hidden_dim`` of torchvision's ViT is). Modules whose
+    layers kept their widths are not touched.
 
     Args:
         pruner: a ``torch_pruning`` pruner built with ``num_heads=attention_heads(model)``, after its step.
     """
     heads = getattr(pruner, "num_heads", {})
+    set_registered(pruner.model)
     for module in pruner.model.modules():
-        if type(module).__name__ == "VisionTransformer" and isinstance(
-            getattr(module, "conv_proj", None), nn.Conv2d
-        ):
-            module.hidden_dim = module.conv_proj.out_channels  # torchvision's
         qkv = getattr(module, "qkv", None)
         if not isinstance(qkv, nn.Linear) or qkv not in heads:
             continue

@@ -68,18 +68,41 @@ def _torchvision_vit(module: nn.Module) -> Mapping[str, str]:
     return {"hidden_dim": "conv_proj.out"}
 
 
-def _registered(graph: RepairedGraph, name: str, module: nn.Module) -> dict[str, Axis]:
-    """Numbers of a module that somebody registered."""
-    found: dict[str, Axis] = {}
+def _places(module: nn.Module) -> Iterator[tuple[str, str, bool]]:
+    """``(attribute, layer, whether its output channels are meant)`` of the numbers that somebody registered."""
+    seen: set[str] = set()
     for kind in type(module).__mro__:
         made = _REGISTERED.get(f"{kind.__module__}.{kind.__qualname__}")
         for leaf, place in (made(module) if made is not None else {}).items():
-            layer, _, side = place.rpartition(".")
-            owner = f"{name}.{layer}" if name else layer
-            sides = [a for a in graph.axes if a.owner == owner and a.is_output == (side == "out")]
-            if sides and leaf not in found:
-                found[leaf] = number_axis(name, leaf, None, sides[0].labels, graph.layout)
+            if leaf not in seen:
+                seen.add(leaf)
+                layer, _, side = place.rpartition(".")
+                yield leaf, layer, side == "out"
+
+
+def _registered(graph: RepairedGraph, name: str, module: nn.Module) -> dict[str, Axis]:
+    """Numbers of a module that somebody registered."""
+    found: dict[str, Axis] = {}
+    for leaf, layer, out in _places(module):
+        owner = f"{name}.{layer}" if name else layer
+        sides = [a for a in graph.axes if a.owner == owner and a.is_output == out]
+        if sides:
+            found[leaf] = number_axis(name, leaf, None, sides[0].labels, graph.layout)
     return found
+
+
+def set_registered(model: nn.Module) -> None:
+    """Set registered numbers to the widths that layers have now, however they were pruned."""
+    for module in model.modules():
+        for leaf, layer, out in _places(module):
+            width = _width(module.get_submodule(layer), out)
+            if width is not None and getattr(module, leaf, None) != width:
+                setattr(module, leaf, width)
+
+
+def _width(layer: nn.Module, out: bool) -> int | None:
+    names = ("out_channels", "out_features") if out else ("in_channels", "in_features")
+    return next((value for n in names if isinstance(value := getattr(layer, n, None), int)), None)
 
 
 def proposals(graph: RepairedGraph, *, children: bool = False) -> list[Axis]:

@@ -233,18 +233,17 @@ def spread(model: nn.Module, seed: int) -> nn.Module:
     random = torch.Generator().manual_seed(seed)
     made: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
-        for register in (module._parameters, module._buffers):
-            for leaf, tensor in register.items():
-                if tensor is None or not _constant(tensor):
-                    continue
-                if id(tensor) not in made:
-                    with torch.no_grad():
-                        noise = torch.rand(tensor.shape, generator=random).to(tensor)
-                        large = "running" in leaf or bool((tensor > 0.5).all())
-                        moved = tensor + noise * (0.5 if large else 0.1)
-                    own = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = (tensor, nn.Parameter(moved, tensor.requires_grad) if own else moved)
-                register[leaf] = made[id(tensor)][1]  # type: ignore[assignment]
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or not _constant(tensor):
+                continue
+            if id(tensor) not in made:
+                with torch.no_grad():
+                    noise = torch.rand(tensor.shape, generator=random).to(tensor)
+                    large = "running" in leaf or bool((tensor > 0.5).all())
+                    moved = tensor + noise * (0.5 if large else 0.1)
+                own = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = (tensor, nn.Parameter(moved, tensor.requires_grad) if own else moved)
+            setattr(module, leaf, made[id(tensor)][1])
     return model
 
 

@@ -14,6 +14,7 @@ import functools
 import importlib
 import math
 import types
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,7 +41,8 @@ def describe(model: nn.Module) -> Tree:
             continue
         names[id(module)] = name
         modules.append({"name": name, "class": _path(type(module), name or "the model")})
-    writer = _Writer(names, _packages(modules))
+    tensors = {id(p): name for name, p in model.named_parameters()}
+    writer = _Writer(names, tensors, _packages(modules))
     owners = dict(model.named_modules())
     for entry in modules:
         if "class" in entry:
@@ -109,8 +111,10 @@ def _packages(modules: list[dict[str, Any]]) -> frozenset[str]:
 class _Writer:
     """Turns attributes into JSON values; what is no plain value becomes ``{"$": kind, ...}``."""
 
-    def __init__(self, modules: Mapping[int, str], packages: frozenset[str]) -> None:
-        self._modules, self._packages = modules, packages
+    def __init__(
+        self, modules: Mapping[int, str], parameters: Mapping[int, str], packages: frozenset[str]
+    ) -> None:
+        self._modules, self._parameters, self._packages = modules, parameters, packages
 
     def value(self, value: Any, where: str) -> Any:
         """The JSON value of ``value``, which is kept at ``where``."""
@@ -120,6 +124,10 @@ class _Writer:
             return value if math.isfinite(value) else {"$": "float", "value": repr(value)}
         if isinstance(value, nn.Module) and id(value) in self._modules:
             return {"$": "module", "name": self._modules[id(value)]}
+        if isinstance(value, nn.Parameter) and id(value) in self._parameters:  # an LSTM lists its own
+            return {"$": "parameter", "name": self._parameters[id(value)]}
+        if isinstance(value, weakref.ref) and id(value()) in self._parameters:
+            return {"$": "reference", "name": self._parameters[id(value())]}
         if isinstance(value, torch.Size):
             return {"$": "size", "items": list(value)}
         if (
@@ -170,6 +178,8 @@ class _Reader:
         reader: dict[str, Callable[[dict[str, Any]], Any]] = {
             "float": lambda v: float(v["value"]),
             "module": lambda v: self._modules[v["name"]],
+            "parameter": lambda v: self._parameter(v["name"]),
+            "reference": lambda v: weakref.ref(self._parameter(v["name"])),
             "size": lambda v: torch.Size(v["items"]),
             "tensor": lambda v: _filled(v["tensor"], v["bytes"]),
             "dtype": lambda v: getattr(torch, v["value"].removeprefix("torch.")),
@@ -190,6 +200,13 @@ class _Reader:
             "instance": self._instance,
         }
         return reader[value["$"]](value)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        owner, _, leaf = name.rpartition(".")
+        found = self._modules[owner]._parameters[leaf]
+        if found is None:
+            raise ValueError(f"{name} is no parameter")
+        return found
 
     def _items(self, value: dict[str, Any]) -> list[Any]:
         return [self.value(v) for v in value["items"]]

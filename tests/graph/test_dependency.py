@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import nn
 
 from ippro_tp import prune
 from ippro_tp.graph.dependency import GraphError, build_graph
 from ippro_tp.graph.groups import read_group
-from ippro_tp.graph.numbers import register_numbers
+from ippro_tp.graph.numbers import register_numbers, set_registered
 from ippro_tp.graph.onepass import fresh_copy
 from ippro_tp.graph.proof import prove
 from ippro_tp.graph.provenance import Provenance
@@ -240,6 +241,12 @@ def test_registered_numbers_count_the_axis_they_name():
     register_numbers(f"{Kept.__module__}.{Kept.__qualname__}")(lambda module: {"width": "a.out"})
     graph = build_graph(Kept(), NETS[Gate])
     assert prove(graph)["a.out"].status == "proved"
+    plain = Kept()
+    tp.prune_linear_out_channels(plain.a, [0, 1])
+    tp.prune_linear_in_channels(plain.b, [0, 1])
+    set_registered(plain)
+    assert (plain.width, plain.other) == (6, 8)
+    assert plain(NETS[Gate]).shape == (3, 2)
     next(iter(graph.get_all_groups())).prune([2, 3, 4])
     assert graph.model.width == 5
     assert graph.model(NETS[Gate]).shape == (3, 2)

@@ -49,6 +49,14 @@ def test_tensors_of_several_names_stay_one_where_noise_replaces_them():
     assert len(model.embed.weight.unique()) > 1
 
 
+def test_recurrent_layers_list_what_replaces_their_parameters():
+    model = nn.LSTM(3, 4)
+    nn.init.zeros_(model.bias_hh_l0)
+    spread(model, 0)
+    assert bool(model.bias_hh_l0.any())
+    assert model._flat_weights[3] is model.bias_hh_l0
+
+
 def test_what_is_set_on_modules_is_undone_after_an_exception_too():
     model = Counting()
     weight, calls, seen = model.a.weight, model.calls, model.seen
