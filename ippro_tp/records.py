@@ -153,6 +153,7 @@ class Pass:
         inputs: per reader, ``(2, batch, channels)`` sums of g*x and of g at its input.
         reads: per reader, sum of its input x for each channel, and the number of values that were summed.
         read_layers: per reader, the layers whose channels its input carries.
+        rows: per sampled reader and call, ``(rows, channels)`` of its input at a few positions of each sample.
         sites: the activation calls in order.
         norm_of: producer -> channel norm that its output runs into before the next layer.
         closed: already counted.
@@ -165,6 +166,7 @@ class Pass:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     reads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     read_layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     norm_of: dict[str, str] = field(default_factory=dict)
     closed: bool = False

@@ -57,6 +57,7 @@ UNCALLED = {
     "expected": lambda: PROImportance(cost=flat),
     "log": lambda: PROImportance(cost=flat, depletion="log", power=2),
     "coupled": lambda: PROImportance(cost=None, depletion="coupled"),
+    "compensated": lambda: PROImportance(compensated=True),
     "normalised": lambda: PROImportance(cost=None, depletion=None, normalizer="mean"),
     "single": lambda: PROImportance(group_reduction="mean", cost=None),
     "mean": lambda: PROImportance(reference="mean", cost=flat),

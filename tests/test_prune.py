@@ -249,7 +249,7 @@ def test_gradients_are_those_of_the_loss(images):
 
 
 def test_compensation_can_be_left_out_and_chosen(images):
-    plain = go(small(), [images], macs=0.5, compensation=False)
+    plain = go(small(), [images], macs=0.5, importance=PROImportance(compensated=True), compensation=False)
     default = go(small(), [images], macs=0.5)
     chosen = go(small(), [images], macs=0.5, compensation=Compensation(ridge=0.1))
     assert widths(plain.model) == widths(default.model)
@@ -271,7 +271,8 @@ def test_recovery_comes_nearer_to_the_unpruned_model(images, named):
     if named:
         example, batches = {"images": example}, [{"images": x} for x in batches]
     how = Recovery(steps=20, batch_size=8)
-    options = {"macs": 0.5, "forward_fn": forward_fn, "progress": False}
+    random = tp.importance.RandomImportance()  # leaves something to recover
+    options = {"macs": 0.5, "forward_fn": forward_fn, "importance": random, "progress": False}
     plain = prune(model, example, batches, **options)
     result = prune(model, example, batches, recover=how, **options)
     assert plain.recovered is None

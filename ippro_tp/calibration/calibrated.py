@@ -209,6 +209,10 @@ class Calibrated(Statistics, abc.ABC):
                 )
             loss.backward()
 
+    def _expect(self, compensated: bool) -> None:
+        """Settle options that depend on what comes after pruning, before calibration."""
+        return
+
     def _asked_by(self, target: Any) -> None:
         """Note the pruner that was calibrated: its steps will ask for scores."""
         return

@@ -16,6 +16,7 @@ from ..estimators.sums import Sums
 from ..records import GroupRecord, Pass, Wiring, Work
 from ..tracing.observer import Observer
 from ..tracing.plan import Plan
+from ..tracing.positions import keep_rows
 from .processes import reducing
 
 
@@ -197,6 +198,9 @@ class GradientObservation:
         for name, parameter in trained.items():
             parameter.requires_grad_(True)
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take_grad(name)))
+        for name in sorted(self._estimator.sampled(self._records)):
+            hook = keep_rows(name, lambda: self._observer.running)
+            self._handles.append(self._model.get_submodule(name).register_forward_pre_hook(hook))
         return names, self._readers()
 
     def _take_grad(self, name: str) -> Callable[[Tensor], None]:

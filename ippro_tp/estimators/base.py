@@ -51,6 +51,10 @@ class Estimator(ABC):
         """Names of producers and of readers that turn out, in the first forward pass, to need no tap."""
         return set(), set()
 
+    def sampled(self, records: Sequence[GroupRecord]) -> set[str]:
+        """Names of readers of which the estimator needs :attr:`Pass.rows`; by default none."""
+        return set()
+
     def layers(self, record: GroupRecord, wiring: Wiring) -> tuple[Layer, ...]:
         """The producers of a group that carry its score: those that no channel norm stands for."""
         return tuple(p for p in record.producers if p.name not in wiring.norm_of)

@@ -45,6 +45,7 @@ class CenteredEstimator(ExpectedEstimator):
         coupled: as there. Covariances of offsets towards the mean are exact if one layer reads the group; with
             several readers, each with its own mean, those of offsets towards zero stand in.
         share: the s above, given the channel norm that follows a reader, or ``None`` if none does.
+        compensated: as for :class:`ExpectedEstimator`.
     """
 
     taps_inputs = True
@@ -55,8 +56,9 @@ class CenteredEstimator(ExpectedEstimator):
         loss_scale: Callable[[int], float],
         coupled: bool,
         share: Callable[[str | None], float],
+        compensated: bool = False,
     ) -> None:
-        super().__init__(power, True, loss_scale, coupled)
+        super().__init__(power, True, loss_scale, coupled, compensated)
         self._share_after = share
         self.centered: frozenset[str] = frozenset()
         self._shares: dict[str, float] = {}

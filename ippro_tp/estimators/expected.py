@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from ..records import GroupRecord, Layer, Pass, Wiring
 from .base import Estimator, LossScale, reduce_layers
 from .coupling import Coupling, offset_products
+from .redundancy import Redundancy, moments
 from .sums import Sums
+
+READERS = 3
+"""The largest number of layers of a group at which it is noted how channels predict each other."""
 
 
 class ExpectedEstimator(Estimator):
@@ -29,11 +33,16 @@ class ExpectedEstimator(Estimator):
         joint: one point per group: sum t over the producers of a channel, then take the magnitude.
         loss_scale: ``(batch size) -> factor`` that turns gradients of the loss into per-sample gradients.
         coupled: also gather the second moments for :meth:`coupling`; with ``joint`` only.
+        compensated: also gather those for :meth:`redundancy`.
     """
 
-    def __init__(self, power: int, joint: bool, loss_scale: LossScale, coupled: bool = False) -> None:
+    def __init__(
+        self, power: int, joint: bool, loss_scale: LossScale, coupled: bool = False, compensated: bool = False
+    ) -> None:
         self._power, self._joint, self._loss_scale, self._coupled = power, joint, loss_scale, coupled
+        self._compensated = compensated
         self._plans: dict[tuple[Layer, torch.device], tuple[Tensor, Tensor] | None] = {}
+        self._places: dict[tuple[Layer, torch.device], tuple[Tensor, Tensor]] = {}
 
     def update(self, sums: Sums, records: Sequence[GroupRecord], done: Pass) -> None:
         """Add the sizes of one batch's offsets, ``(width,)`` a group (or a layer)."""
@@ -46,6 +55,14 @@ class ExpectedEstimator(Estimator):
                     sums.add(f"{record.key}/{layer.name}", self._size(part * scale))
             elif (offsets := self._offsets(record, done)) is not None:
                 self._add(sums, record, offsets * scale, done)
+            for reader in _sampled(record) if self._compensated else ():
+                rows = [self._spread(record, reader, each) for each in done.rows.get(reader.name, ())]
+                if rows:
+                    sums.add(f"moments/{record.key}/{reader.name}", moments(torch.cat(rows)))
+
+    def sampled(self, records: Sequence[GroupRecord]) -> set[str]:
+        """Some readers of each group, if the network is refitted after pruning."""
+        return {reader.name for record in records for reader in _sampled(record)} if self._compensated else set()
 
     def _add(self, sums: Sums, record: GroupRecord, offsets: Tensor, done: Pass) -> None:
         """Add what is kept of the ``(batch, width)`` offsets of a group as one point."""
@@ -70,6 +87,20 @@ class ExpectedEstimator(Estimator):
         products = sums.get(f"{record.key}#products")
         return None if products is None else Coupling(products, record.tied)
 
+    def redundancy(self, sums: Sums, record: GroupRecord, centered: bool) -> Redundancy | None:
+        """How the group's channels predict each other where they are read; ``None`` if it was not gathered.
+
+        Args:
+            sums: what was gathered.
+            record: the group, with tied positions joined.
+            centered: whether its offsets are measured from the mean.
+        """
+        readers = [reader for reader in _sampled(record) if f"moments/{record.key}/{reader.name}" in sums]
+        read = torch.zeros(record.width, dtype=torch.bool)
+        for reader in readers:
+            read[reader.root] = True
+        return Redundancy.of([sums[f"moments/{record.key}/{r.name}"] for r in readers], read, centered)
+
     def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
         """Mean size over the samples."""
         if reduction == "joint":
@@ -88,6 +119,21 @@ class ExpectedEstimator(Estimator):
     def _size(self, t: Tensor) -> Tensor:
         return (t.abs() if self._power == 1 else t.square()).sum(0, dtype=torch.float64)
 
+    def _spread(self, record: GroupRecord, layer: Layer, rows: Tensor) -> Tensor:
+        """``(rows, layer channels)`` -> ``(rows, group width)``; where maps were flattened, a row a position."""
+        key = (layer, rows.device)
+        if key not in self._places:
+            order = layer.root.argsort(stable=True)
+            root, count = layer.root[order].unique_consecutive(return_counts=True)
+            each = int(count.min())  # positions of a channel; the same for all, but for maps of several sizes
+            first = count.cumsum(0) - count
+            at = layer.index[order][first[:, None] + torch.arange(each)]
+            self._places[key] = root.to(rows.device), at.to(rows.device)
+        root, at = self._places[key]
+        found = rows.new_zeros(len(rows) * at.shape[1], record.width)
+        found[:, root] = rows[:, at].transpose(1, 2).reshape(-1, len(root))
+        return found
+
     def _gather(self, record: GroupRecord, layer: Layer, t: Tensor) -> Tensor:
         """``(batch, layer channels)`` -> ``(batch, group width)``."""
         key = (layer, t.device)
@@ -98,3 +144,10 @@ class ExpectedEstimator(Estimator):
         if plan is None:
             return t
         return t.new_zeros(t.shape[0], record.width).index_add_(1, plan[1], t[:, plan[0]])
+
+
+def _sampled(record: GroupRecord) -> list[Layer]:
+    """Evenly spaced readers of a group, the last among them."""
+    count = len(record.consumers)
+    some = min(count, READERS)
+    return [record.consumers[(number + 1) * count // some - 1] for number in range(some)]

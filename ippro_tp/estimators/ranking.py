@@ -17,6 +17,8 @@ kappa. Taken together, a channel k that is removed after those of S adds
 .. math:: \Delta L_k = \Big(q_k + 2\kappa \sum_{i \in S} C_{ik}\Big)\, \frac{Q}{\sum_{j \notin S} q_j}
 
 and the channel that adds least is removed next. With kappa = 0 the order within a group is that of the scores.
+If the network is refitted after pruning, what counts is what the remaining channels do not predict instead: see
+:mod:`estimators.redundancy`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .coupling import BLOCK, Coupling
+from .redundancy import Redundancy, removal_order
 
 COUPLING = 0.25
 """The kappa above, chosen on held-out images of five networks (``benchmarks/results/research.md``)."""
@@ -49,12 +52,15 @@ class Ranked:
             unit's score is the mean over its channels. ``None``: each channel is a unit.
         coupling: second moments of the channels' offsets; ``None`` if they are not known.
         cost: of one channel, in any unit that is the same for all groups.
+        redundancy: how channels predict each other, if the network is refitted after pruning; replaces
+            ``coupling``.
     """
 
     scores: Tensor
     unit: Tensor | None = None
     coupling: Coupling | None = None
     cost: float = 1.0
+    redundancy: Redundancy | None = None
 
 
 def rank(
@@ -126,8 +132,9 @@ def depletion_factors(groups: Sequence[Ranked], degree: float = 1.0, kappa: floa
         kappa: as there.
 
     Returns:
-        For each group ``(channels,)`` float64 on the device of its scores: 1 for the lowest score, and such that
-        no channel ranks below those removed before it; 1 if all scores are zero.
+        For each group ``(channels,)`` float64 on the device of its scores: 1 for the lowest score, or less if the
+        remaining channels predict it, and such that no channel ranks below those removed before it; 1 if all
+        scores are zero.
 
     Example:
         >>> depletion_factors([Ranked(torch.tensor([3.0, 1.0, 4.0]))], degree=2)[0].tolist()
@@ -148,6 +155,11 @@ def depletion_factors(groups: Sequence[Ranked], degree: float = 1.0, kappa: floa
     losses = [unit_scores(own.pow(degree), unit).pow(2 / degree) for own, unit in zip(sizes, units, strict=True)]
     pairs = [group.coupling if kappa else None for group in groups]
     for number, (loss, coupling) in enumerate(zip(losses, pairs, strict=True)):
+        if (redundancy := groups[number].redundancy) is not None:
+            own = _shared_out(loss, sizes[number].square(), redundancy.read, units[number])
+            added = _refitted(loss, own, redundancy, units[number])
+            factors[number] = _factors(added, loss, degree, units[number])
+            continue
         blocks = 1 if coupling is None or units[number] is not None else coupling.products.shape[0]
         dtype = None if coupling is None else coupling.products.dtype
         alike.setdefault((len(loss), blocks, loss.device, dtype), []).append(number)
@@ -157,12 +169,40 @@ def depletion_factors(groups: Sequence[Ranked], degree: float = 1.0, kappa: floa
             known = [(pairs[n], sizes[n], units[n]) for n in part]
             products = [c.with_sizes(own, 2 * kappa, unit) for c, own, unit in known if c is not None]
             own_losses = torch.stack([losses[n] for n in part])
-            added = _leaving(own_losses, torch.stack(products)) if products else _sorted_leaving(own_losses)
-            for n, own in zip(part, added, strict=True):
-                ratio = torch.where(losses[n] > 0, own / losses[n], 1).pow(degree / 2)
-                unit = units[n]
-                factors[n] = ratio if unit is None else ratio[unit.to(ratio.device)]
+            found = _leaving(own_losses, torch.stack(products)) if products else _sorted_leaving(own_losses)
+            for n, added in zip(part, found, strict=True):
+                factors[n] = _factors(added, losses[n], degree, units[n])
     return factors
+
+
+def _factors(added: Tensor, loss: Tensor, degree: float, unit: Tensor | None) -> Tensor:
+    """From the loss that each unit adds, and that of each by itself, to factors of the scores of channels."""
+    ratio = torch.where(loss > 0, added / loss, 1).pow(degree / 2)
+    return ratio if unit is None else ratio[unit.to(ratio.device)]
+
+
+def _shared_out(loss: Tensor, squares: Tensor, read: Tensor, unit: Tensor | None) -> Tensor:
+    """``(channels,)``, the loss of each unit shared out among its channels that are read."""
+    if unit is None:
+        return loss * read.to(loss.device)
+    unit, part = unit.to(loss.device), squares * read.to(loss.device)
+    total = torch.zeros_like(loss).index_add_(0, unit, part)
+    return part * torch.where(total > 0, loss / total, 0)[unit]
+
+
+def _refitted(loss: Tensor, own: Tensor, redundancy: Redundancy, unit: Tensor | None) -> Tensor:
+    """``(units,)``, the loss that each unit adds if the cheapest is always removed next and the rest refitted.
+
+    Blocks of channels are emptied side by side.
+    """
+    if unit is None:
+        blocks, size = redundancy.correlation.shape[0], redundancy.correlation.shape[1] - 1
+        spread = (pad(each, (0, blocks * size - len(each))).view(blocks, size) for each in (loss, own))
+        by_block = next(spread)
+        order, values = removal_order(by_block, next(spread), redundancy.correlation, None)
+        return _depleted(by_block, order, values).flatten()[: len(loss)]
+    order, values = removal_order(loss[None], own[None], redundancy.whole(len(own))[None], unit.to(loss.device))
+    return _depleted(loss[None], order, values)[0]
 
 
 def _relative(scores: Tensor, degree: float) -> Tensor:
@@ -203,8 +243,12 @@ def _leaving(losses: Tensor, products: Tensor) -> Tensor:
         loss.index_add_(0, row // size, rows[row])
         values.append(value)
         order.append(place)
-    leaving = torch.cat(order, 1)
-    added = torch.cat(values, 1) * _depletion(losses.gather(1, leaving))
+    return _depleted(losses, torch.cat(order, 1), torch.cat(values, 1))
+
+
+def _depleted(losses: Tensor, order: Tensor, values: Tensor) -> Tensor:
+    """What is added in ``order``, ``(groups, units)``, with depletion, put back in the order of the units."""
+    added = values * _depletion(losses.gather(1, order))
     # None costs less than those before it, and always a little more: Torch-Pruning removes all of equal score.
-    added = added.cummax(1).values * (1 + 1e-6 * torch.arange(width, device=added.device))
-    return torch.empty_like(losses).scatter_(1, leaving, added)
+    added = added.cummax(1).values * (1 + 1e-6 * torch.arange(losses.shape[1], device=added.device))
+    return torch.empty_like(losses).scatter_(1, order, added)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import get_args
 
 from torch import nn
@@ -36,14 +38,19 @@ def expected_estimator(
     values, joint = options.in_force, options.group_reduction == "joint"
     power, reference = values["power"], values["reference"]
     if not joint or reference == "origin":
-        return ExpectedEstimator(power, joint, scale, options.couples)
+        return ExpectedEstimator(power, joint, scale, options.couples, options.refitted)
     if reference == "mean":
-        return CenteredEstimator(power, scale, options.couples, lambda norm: 1.0)
+        return CenteredEstimator(power, scale, options.couples, lambda norm: 1.0, options.refitted)
     modules = () if model is None else model.named_modules()
     norms = {name for name, module in modules if isinstance(module, _BatchNorm)}
     if model is not None and not norms:
-        return ExpectedEstimator(power, True, scale, options.couples)
-    return CenteredEstimator(power, scale, options.couples, lambda norm: MADE_UP * (norm in norms))
+        return ExpectedEstimator(power, True, scale, options.couples, options.refitted)
+    share = partial(_share, norms)
+    return CenteredEstimator(power, scale, options.couples, share, options.refitted)
+
+
+def _share(norms: Collection[str], norm: str | None) -> float:
+    return MADE_UP if norm in norms else 0.0
 
 
 def _loss_scale(loss_reduction: LossReduction) -> LossScale:

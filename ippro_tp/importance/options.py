@@ -44,6 +44,7 @@ class Options:
     seed: int | None = None
     reference: Reference | None = None
     depletion: Depletion | None = "auto"
+    compensated: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -54,6 +55,7 @@ class Options:
             ("reference", self.reference, (*get_args(Reference), None)),
             ("cost", None if callable(self.cost) else self.cost, (*get_args(Cost), None)),
             ("depletion", self.depletion, (*get_args(Depletion), None)),
+            ("compensated", self.compensated, ("auto", True, False)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(map(repr, known))}")
@@ -70,6 +72,11 @@ class Options:
             )
         if self.depletion == "coupled" and self.group_reduction != "joint":
             raise ValueError('depletion="coupled" goes with group_reduction="joint"')
+        if self.compensated is True and not self.may_be_compensated:
+            raise ValueError(
+                'compensated=True goes with estimator="expected", group_reduction="joint" and depletion="auto": '
+                "it replaces how the channels of a group count together"
+            )
         own = ONLY_OF.get(self.estimator, ("seed",))
         for other, names in ONLY_OF.items():
             for name in names:
@@ -88,10 +95,20 @@ class Options:
         return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
     @property
+    def may_be_compensated(self) -> bool:
+        """Whether the other options leave open how the channels of a group count together."""
+        joint = (self.estimator, self.group_reduction) == ("expected", "joint")
+        return joint and self.depletion in ("auto", "coupled")
+
+    @property
+    def refitted(self) -> bool:
+        """Whether calibration gathers how channels predict each other."""
+        return self.compensated is True
+
+    @property
     def couples(self) -> bool:
-        """Whether calibration gathers how channels go together."""
-        possible = (self.estimator, self.group_reduction) == ("expected", "joint")
-        return possible and self.depletion in ("auto", "coupled")
+        """Whether calibration gathers how the offsets of channels go together."""
+        return self.may_be_compensated and not self.refitted
 
     def ranked(self, globally: bool) -> Options:
         """These options with ``"auto"`` decided for cost and depletion.
@@ -102,8 +119,8 @@ class Options:
         auto = globally and self.estimator == "expected"
         cost, depletion = self.cost, self.depletion
         if depletion == "auto":
-            how: Depletion = "coupled" if self.couples else "log"
-            depletion = how if auto and cost is not None else None
+            how: Depletion = "coupled" if self.may_be_compensated else "log"
+            depletion = how if self.refitted or (auto and cost is not None) else None
         if cost == "auto":
             cost = "macs" if auto else None
         return replace(self, cost=cost, depletion=depletion)
@@ -119,6 +136,7 @@ class Options:
             return found
         found |= {"power": values["power"], "joint": self.group_reduction == "joint"}
         found |= {"coupled": True} if self.couples else {}
+        found |= {"compensated": True} if self.refitted else {}
         return {**found, "reference": values["reference"]} if found["joint"] else found
 
     def __str__(self) -> str:

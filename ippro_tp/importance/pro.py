@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch_pruning as tp
 from torch import nn
@@ -71,11 +71,17 @@ class PROImportance(Scored, tp.importance.Importance):  # type: ignore[misc]
             gathered during calibration (up to 1,024 numbers per channel). ``None``: each channel counts by itself.
             ``"auto"``: for ``"expected"`` with a ``cost``, if the pruner ranks globally, ``"coupled"``
             (``"log"`` without ``group_reduction="joint"``); else ``None``.
+        compensated: whether :class:`ippro_tp.Compensation` will refit the network after pruning. ``True``: a
+            channel counts by what the remaining channels of its group do not predict of it where it is read (see
+            :mod:`estimators.redundancy`), instead of by the covariance of offsets. This requires
+            ``depletion="auto"`` or ``"coupled"``, changes the order within a group, and is gathered during
+            calibration (up to 3,072 numbers per channel). ``"auto"`` (default): decided by :func:`ippro_tp.prune`;
+            ``False`` elsewhere.
 
     ``PROImportance(cost=None, depletion=None)`` returns the estimator's scores unchanged.
 
     Options may be changed after calibration; a change of ``estimator``, ``target``, ``power``, ``reference``,
-    ``group_reduction`` or to ``depletion="coupled"`` requires a new calibration.
+    ``group_reduction``, ``compensated`` or to ``depletion="coupled"`` requires a new calibration.
 
     ``observe`` and ``calibrate`` take ``loss_reduction="sum"`` for a loss that is summed over the batch instead of
     averaged, so that ``"expected"`` scales per-sample gradients correctly. ``"paper"`` uses gradients as they are.
@@ -117,6 +123,7 @@ class PROImportance(Scored, tp.importance.Importance):  # type: ignore[misc]
     seed = Option()
     reference = Option()
     depletion = Option()
+    compensated = Option()
 
     def __init__(
         self,
@@ -132,11 +139,12 @@ class PROImportance(Scored, tp.importance.Importance):  # type: ignore[misc]
         seed: int | None = None,
         reference: choice.Reference | None = None,
         depletion: choice.Depletion | None = "auto",
+        compensated: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         self._options = Options(
             estimator, step_size, group_reduction, normalizer, target, power, cost, cost_exponent, seed, reference,
-            depletion,
+            depletion, compensated,
         )  # fmt: skip
         self._observed = Observed()
 
@@ -176,7 +184,7 @@ class PROImportance(Scored, tp.importance.Importance):  # type: ignore[misc]
         return observation
 
     def _commit(self, observation: GradientObservation) -> None:
-        counts = ("samples", "read/", "rows/")  # not made of gradients
+        counts = ("samples", "read/", "rows/", "moments/")  # not made of gradients
         if not any(v.count_nonzero() for name, v in observation.sums.items() if not name.startswith(counts)):
             raise ObservationError(
                 "all gradients are exactly zero, so nothing can be ranked: the prediction is saturated (a softmax "
@@ -194,6 +202,10 @@ class PROImportance(Scored, tp.importance.Importance):  # type: ignore[misc]
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+    def _expect(self, compensated: bool) -> None:
+        if self._options.compensated == "auto":
+            self._choose(compensated=compensated and self._options.may_be_compensated)
 
     def _asked_by(self, target: Any) -> None:
         pruner = target if isinstance(target, tp.pruner.BasePruner) else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import NotCalibratedError
 from ..estimators.coupling import Coupling, offset_products
 from ..estimators.ranking import COUPLING, Ranked, rank
+from ..estimators.redundancy import Redundancy
 from ..estimators.sums import Sums
 from ..graph.cost import group_cost
 from ..records import GroupRecord, Work
@@ -103,15 +104,17 @@ class Scoring:
     ) -> list[Tensor]:
         options, values = self._options, self._options.in_force
         how = options.depletion
-        groups = [
-            Ranked(
-                scores := self.alone(record, model),
-                unit_of(record),
-                self._pairs(record, scores) if how == "coupled" else None,
-                self.cost(record, model)[0],
-            )
-            for record in records
-        ]
+        groups = []
+        for record in records:
+            scores, unit = self.alone(record, model), unit_of(record)
+            pairs = redundancy = None
+            if options.refitted:
+                redundancy = self._redundancy(record)
+                if unit is None and record.tied is not None:
+                    unit = record.tied.unique(return_inverse=True)[1]
+            elif how == "coupled":
+                pairs = self._pairs(record, scores)
+            groups.append(Ranked(scores, unit, pairs, self.cost(record, model)[0], redundancy))
         kappa = {"coupled": COUPLING, "log": 0.0, None: None}[how]
         return rank(
             groups,
@@ -120,6 +123,10 @@ class Scoring:
             cost_exponent=values["cost_exponent"],
             normalize=None if options.normalizer is None else self._normalize,
         )
+
+    def _redundancy(self, record: GroupRecord) -> Redundancy | None:
+        estimator = expected_estimator(self._options)
+        return estimator.redundancy(self._sums, record.joined, record.key in self._observed.wiring.centered)
 
     def _pairs(self, record: GroupRecord, scores: Tensor) -> Coupling:
         found = self.coupling(record)

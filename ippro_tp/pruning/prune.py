@@ -208,7 +208,7 @@ def prune_layers(
     importance = _default(seed, scope, unit, table) if importance is None else importance
     scorer = Scorer(
         importance, loader, loss_fn=loss_fn, forward_fn=forward_fn, output_transform=output_transform, seed=seed,
-        progress=progress, pricing=pricing, example_inputs=example_inputs,
+        progress=progress, pricing=pricing, example_inputs=example_inputs, compensated=compensation is not False,
     )  # fmt: skip
     refit = copy.deepcopy(compensation) if isinstance(compensation, Compensation) else Compensation()
     with _seeded(seed, device):

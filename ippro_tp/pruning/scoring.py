@@ -37,6 +37,7 @@ class Scorer:
         progress: show progress bars.
         pricing: makes scores comparable over groups.
         example_inputs: for the pricing.
+        compensated: whether the model is refitted after pruning, for importances that ask.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class Scorer:
         progress: bool = True,
         pricing: Pricing | None = None,
         example_inputs: Any = None,
+        compensated: bool = False,
     ) -> None:
         self._given, self._loader, self._loss_fn = importance, loader, loss_fn
         self._forward_fn, self._output_transform = forward_fn, output_transform
         self._seed, self._progress = seed, progress
-        self._pricing, self._example_inputs = pricing, example_inputs
+        self._pricing, self._example_inputs, self._compensated = pricing, example_inputs, compensated
 
     def scores(self, structure: Structure) -> tuple[dict[str, Tensor], dict[str, str]]:
         """One score per unit of each group, and why groups have none.
@@ -65,6 +67,7 @@ class Scorer:
         """
         importance: Any = copy.deepcopy(self._given)
         if isinstance(importance, Calibrated):
+            importance._expect(compensated=self._compensated)
             self._calibrate(importance, structure)
             return self._ask(importance, structure)
         if hasattr(importance, "accumulate_grad"):

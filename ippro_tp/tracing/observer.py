@@ -108,6 +108,11 @@ class Observer(TorchFunctionMode):
         return self._layouts.samples if self._now is not None and not self._busy else 0
 
     @property
+    def running(self) -> Pass | None:
+        """The forward pass that is running."""
+        return self._now.current if self._now is not None and not self._busy else None
+
+    @property
     def mixed(self) -> dict[str, str]:
         """Layers whose rows cannot be given to single samples, and why: the batch is then the unit."""
         return self._layouts.mixed
