@@ -13,11 +13,19 @@ from benchmarks.errors import UsageError
 STYLES = {
     ("pro", "compensation"): ("PRO + compensation", "C0", "-", "o"),
     ("pro", "none"): ("PRO", "C0", "--", "o"),
-    ("l2", "none"): ("L2 magnitude", "C7", "--", "s"),
-    ("taylor", "none"): ("Taylor", "C1", "--", "^"),
-    ("l2", "compensation"): ("L2 + compensation", "C7", "-", "s"),
 }
-
+BEST = (
+    (("l2", "taylor"), ("none",), ("best of L2 and Taylor", "C1", "--", "^")),
+    (("l2", "taylor"), ("compensation",), ("the same + compensation", "C1", "-", "^")),
+    (("chip", "vbp", "l2-plain"), ("none", "bn", "mean", "gram", "folding"), ("best peer", "C7", "--", "s")),
+)
+"""Arms that share a curve: at each target the best of them, of any scope."""
+TITLES = {
+    "tf_efficientnet_lite0": "EfficientNet-Lite0, ImageNet weights",
+    "vit": "ViT, CIFAR-10",
+    "resnet56": "ResNet-56, CIFAR-10",
+    "resnet20": "ResNet-20, CIFAR-10",
+}
 
 HARNESS = {
     "unpruned": ("none", "none"),
@@ -39,36 +47,50 @@ class FigureConfig:
     out: Path = Path("docs/figures/accuracy.png")
     value: str = "among"
     """accuracy, among or agreement."""
+    models: tuple[str, ...] = ()
+    """Only these networks, in this order."""
 
 
 def run(config: FigureConfig) -> None:
     """Write a PNG that can be read at a width of 800 pixels."""
     table = pd.concat([_read(path) for path in config.rows])
-    table = table[(table.status == "ok") & table.scope.isin(("global", "all"))]
+    table = table[(table.status == "ok") & table.calibration.isin(("own", "none"))]
     if table.empty:
         raise UsageError("no finished rows to draw")
-    models = list(dict.fromkeys(table.model))
-    figure, panels = plt.subplots(1, len(models), figsize=(4 * len(models), 4), dpi=120, squeeze=False)
+    models = config.models or tuple(dict.fromkeys(table.model))
+    figure, panels = plt.subplots(1, len(models), figsize=(3.4 * len(models), 3.6), dpi=120, squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):
         rows = table[table.model == model]
         base = float(rows[rows.importance == "none"][config.value].iloc[0])
         panel.axhline(base, color="black", linewidth=1, linestyle=":", label="unpruned")
-        for (importance, refit), (label, colour, line, marker) in STYLES.items():
-            arm = rows[(rows.importance == importance) & (rows.refit == refit)]
-            means = arm.groupby("target")[config.value].mean()
-            if len(means):
-                panel.plot(means.index, means.values, line, color=colour, marker=marker, label=label)
-        panel.set_title(model)
+        for (importance, refit), style in STYLES.items():
+            arm = rows[(rows.importance == importance) & (rows.refit == refit) & (rows.scope == "global")]
+            _plot(panel, arm.groupby("target")[config.value].mean(), style, base)
+        for importances, refits, style in BEST:
+            arms = rows[rows.importance.isin(importances) & rows.refit.isin(refits)]
+            means = arms.groupby(["importance", "refit", "scope", "target"])[config.value].mean()
+            _plot(panel, means.groupby("target").max(), style, base)
+        panel.set_title(TITLES.get(model, model), fontsize=10)
         panel.set_xlabel("MACs left")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("top-1 (%)")
-    handles = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    handles = {}
+    for panel in panels[0]:
+        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     config.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config.out)
     plt.close(figure)
     print(config.out)
+
+
+def _plot(panel: plt.Axes, means: pd.Series, style: tuple[str, str, str, str], base: float) -> None:
+    """A curve from the unpruned network on."""
+    label, colour, line, marker = style
+    if len(means):
+        means = pd.concat([means, pd.Series({1.0: base})])
+        panel.plot(means.index, means.values, line, color=colour, marker=marker, label=label)
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -78,4 +100,5 @@ def _read(path: Path) -> pd.DataFrame:
     table = table[table.arm.isin(HARNESS)]
     named = pd.DataFrame([HARNESS[arm] for arm in table.arm], columns=["importance", "refit"], index=table.index)
     figures = {"accuracy": table.pruned, "among": table.pruned, "model": table.task.str.split().str[-1]}
-    return pd.concat([table[["scope", "target", "seed", "status"]], named], axis=1).assign(**figures)
+    table = table[["scope", "target", "seed", "status"]].assign(calibration="own")
+    return pd.concat([table, named], axis=1).assign(**figures)
