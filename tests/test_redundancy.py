@@ -275,3 +275,10 @@ def test_prune_leaves_an_importance_that_cannot_take_it_alone():
     x = torch.randn(16, 3, 5, 5)
     result = prune(Net(), x[:1], x.split(8), macs=0.6, importance=PROImportance(depletion="log"), progress=False)
     assert result.macs == pytest.approx(0.6, abs=0.01)
+
+
+def test_the_cost_counts_more_if_the_network_is_refitted():
+    assert PROImportance(compensated=True).cost_exponent == pytest.approx(0.6)
+    assert PROImportance(compensated=True, power=2).cost_exponent == pytest.approx(1.2)
+    assert PROImportance().cost_exponent == pytest.approx(0.5)
+    assert PROImportance(compensated=True, cost_exponent=0.3).cost_exponent == pytest.approx(0.3)

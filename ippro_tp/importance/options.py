@@ -21,6 +21,9 @@ Power = Literal[1, 2]
 LossReduction = Literal["mean", "sum"]
 Normalizer = Callable[[Tensor], Tensor]
 
+REFITTED_EXPONENT = 0.6
+"""Power of the cost, for ``power=1``, if the network is refitted: better than the 0.5 of the quadratic model on every
+network tried (``benchmarks/results/research_compensation.md``)."""
 ONLY_OF = {"expected": ("power", "reference", "seed"), "paper": ("step_size", "target")}
 """Options of one estimator only. One that was registered draws labels as ``"expected"`` does: it has a seed."""
 
@@ -91,7 +94,7 @@ class Options:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         power = self.power or 1
         defaults = {"step_size": 0.01, "target": "conv", "power": power, "seed": 0, "reference": "auto"}
-        defaults["cost_exponent"] = power / 2
+        defaults["cost_exponent"] = power * (REFITTED_EXPONENT if self.refitted else 0.5)
         return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
     @property

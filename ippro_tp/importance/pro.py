@@ -56,7 +56,8 @@ class PROImportance(Scored, tp.importance.Importance):  # type: ignore[misc]
             ``torch.utils.flop_counter``; groups without any fall back to parameters, see :meth:`report`.
             ``"auto"``: ``"macs"`` for ``"expected"`` if the pruner ranks globally, else ``None``. The order within
             a group does not depend on it.
-        cost_exponent: power of the cost; ``None``: ``power / 2``, from the quadratic model of the loss.
+        cost_exponent: power of the cost; ``None``: ``power / 2``, from the quadratic model of the loss, or, with
+            ``compensated=True``, ``0.6 * power``, which was found by experiment.
         seed: for ``"expected"`` only: seed of the noise that ``calibrate`` draws if no loss is given; every rank
             draws its own.
         reference: for ``"expected"`` with ``group_reduction="joint"`` only: where offsets are measured from.
