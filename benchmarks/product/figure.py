@@ -53,8 +53,10 @@ class FigureConfig:
 
 def run(config: FigureConfig) -> None:
     """Write a PNG that can be read at a width of 800 pixels."""
-    table = pd.concat([_read(path) for path in config.rows])
+    table = pd.concat([_read(path).assign(file=number) for number, path in enumerate(config.rows)])
     table = table[(table.status == "ok") & table.calibration.isin(("own", "none"))]
+    first = table.groupby(["model", "importance", "refit", "scope", "target"]).file.transform("min")
+    table = table[table.file == first]  # an arm that several files have is the first one's
     if table.empty:
         raise UsageError("no finished rows to draw")
     models = config.models or tuple(dict.fromkeys(table.model))

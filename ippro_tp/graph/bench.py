@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -228,16 +229,16 @@ class Bench:
         return found
 
     def _removed(self, keys: Sequence[str]) -> Tensor:
-        """Classes of these groups that are tried: a quarter of each, and not as many of all.
+        """Classes of these groups that are tried: some quarter of each, and not as many of all.
 
-        Widths that have to be the same would still be.
+        If they were, widths that have to be the same would still be.
         """
         random = torch.Generator().manual_seed(self.seed)
         chosen = []
         for number, key in enumerate(keys):
             classes = self._classes(key)
-            count = min(max(1, len(classes) // 4) + number % 4, len(classes) - 1)
-            chosen.append(classes[torch.randperm(len(classes), generator=random)[:count]])
+            counts = _counts(len(classes))
+            chosen.append(classes[torch.randperm(len(classes), generator=random)[: counts[number % len(counts)]]])
         return torch.cat(chosen)
 
     def _try(self, keys: Sequence[str]) -> str | None:
@@ -246,6 +247,22 @@ class Bench:
         if problem is None:
             self._proved = frozenset(keys)
         return problem
+
+
+def _counts(width: int) -> list[int]:
+    """Up to four numbers of units to remove, around a quarter.
+
+    What is left has no factor in common with ``width`` if possible: a width that a forward pass holds as a number,
+    ``x.view(n, 12, -1)``, should not fit by chance.
+
+    Example:
+        >>> _counts(64), _counts(12)
+        ([15, 17, 13, 19], [1, 5, 7, 3])
+    """
+    if width < 2:
+        return [0]
+    some = range(1, max(2, 3 * width // 4 + 1))
+    return sorted(some, key=lambda count: (math.gcd(width - count, width) > 1, abs(count - width / 4)))[:4]
 
 
 def _kind(key: str) -> str:

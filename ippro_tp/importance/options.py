@@ -22,8 +22,8 @@ LossReduction = Literal["mean", "sum"]
 Normalizer = Callable[[Tensor], Tensor]
 
 REFITTED_EXPONENT = 0.6
-"""Power of the cost, for ``power=1``, if the network is refitted: on every network tried better than the 0.5 of
-the quadratic model (``benchmarks/results/research_compensation.md``)."""
+"""Power of the cost, for ``power=1``, if the network is refitted: better than the 0.5 of the quadratic model, or
+as good, on all networks tried (``benchmarks/results/research_compensation.md``)."""
 ONLY_OF = {"expected": ("power", "reference", "seed"), "paper": ("step_size", "target")}
 """Options of one estimator only. One that was registered draws labels as ``"expected"`` does: it has a seed."""
 
