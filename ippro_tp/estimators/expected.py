@@ -58,7 +58,7 @@ class ExpectedEstimator(Estimator):
             for reader in _sampled(record) if self._compensated else ():
                 rows = [self._spread(record, reader, each) for each in done.rows.get(reader.name, ())]
                 if rows:
-                    sums.add(f"moments/{record.key}/{reader.name}", moments(torch.cat(rows)))
+                    sums.add(_moments_of(record, reader), moments(torch.cat(rows)))
 
     def sampled(self, records: Sequence[GroupRecord]) -> set[str]:
         """Some readers of each group, if the network is refitted after pruning."""
@@ -95,11 +95,11 @@ class ExpectedEstimator(Estimator):
             record: the group, with tied positions joined.
             centered: whether its offsets are measured from the mean.
         """
-        readers = [reader for reader in _sampled(record) if f"moments/{record.key}/{reader.name}" in sums]
+        readers = [reader for reader in _sampled(record) if _moments_of(record, reader) in sums]
         read = torch.zeros(record.width, dtype=torch.bool)
         for reader in readers:
             read[reader.root] = True
-        return Redundancy.of([sums[f"moments/{record.key}/{r.name}"] for r in readers], read, centered)
+        return Redundancy.of([sums[_moments_of(record, reader)] for reader in readers], read, centered)
 
     def scores(self, sums: Sums, record: GroupRecord, wiring: Wiring, reduction: str, model: nn.Module) -> Tensor:
         """Mean size over the samples."""
@@ -144,6 +144,11 @@ class ExpectedEstimator(Estimator):
         if plan is None:
             return t
         return t.new_zeros(t.shape[0], record.width).index_add_(1, plan[1], t[:, plan[0]])
+
+
+def _moments_of(record: GroupRecord, reader: Layer) -> str:
+    """What the moments of a group's channels at one of its readers are called among the sums."""
+    return f"moments/{record.key}/{reader.name}"
 
 
 def _sampled(record: GroupRecord) -> list[Layer]:

@@ -31,12 +31,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .coupling import BLOCK, Coupling
-from .redundancy import Redundancy, removal_order
+from .redundancy import ROUNDS, Redundancy, removal_order
 
 COUPLING = 0.25
 """The kappa above, chosen on held-out images of five networks (``benchmarks/results/research.md``)."""
-ROUNDS = 128
-"""Channels of a group are removed one by one, or in this many lots."""
 AT_ONCE = 1 << 25
 """Largest number of elements in the products of groups that are processed together."""
 
