@@ -33,7 +33,8 @@ def spread_rows(x: Tensor, axis: int) -> Tensor:
         torch.Size([32, 3])
     """
     rows = x.detach().movedim(axis, -1)
-    stride, counts = 1, rows.shape[1:-1]
+    counts = rows.shape[1:-1]
+    stride = max(1, int((math.prod(counts) / POSITIONS) ** (1 / max(len(counts), 1))))  # none below it will do
     while math.prod(-(-count // stride) for count in counts) > POSITIONS:
         stride += 1
     for dim in range(1, rows.dim() - 1):
