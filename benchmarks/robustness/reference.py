@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -18,11 +19,22 @@ NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
 TAPPED = (_ConvNd, nn.Linear, nn.Embedding, *NORMS)
 
 
+def is_turned_linear(module: nn.Module) -> bool:
+    """Whether a layer is Hugging Face's ``Conv1D``: a Linear layer whose weight is ``(inputs, outputs)``."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
 def channel_axis(module: nn.Module, tensor: Tensor) -> int:
     """Axis of the channels in a layer's input or output, from the end."""
     if isinstance(module, _ConvNd):
         return -(len(module.kernel_size) + 1)
     return 1 - tensor.dim() if isinstance(module, NORMS) else -1
+
+
+def is_tapped(module: nn.Module) -> bool:
+    """Whether the reference knows a layer's channels."""
+    return isinstance(module, TAPPED) or is_turned_linear(module)
 
 
 class Offsets:
@@ -32,7 +44,7 @@ class Offsets:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {module: name for name, module in model.named_modules() if isinstance(module, TAPPED)}
+        self._names = {module: name for name, module in model.named_modules() if is_tapped(module)}
         self._affine = {m: n for m, n in self._names.items() if isinstance(m, NORMS) and m.weight is not None}
         self._hooked: dict[str, Tensor] = {}
 
@@ -87,7 +99,7 @@ def expected_scores(
     records = [read_group(group) for group in groups]
     modules = dict(model.named_modules())
     records = [r.joined for r in records if r.producers]
-    records = [r for r in records if all(isinstance(modules[p.name], TAPPED) for p in r.producers)]
+    records = [r for r in records if all(is_tapped(modules[p.name]) for p in r.producers)]
     totals = {record.key: torch.zeros(record.width, dtype=torch.float64) for record in records}
     samples = count(inputs)
     with Offsets(model) as offsets, torch.enable_grad():
@@ -131,7 +143,7 @@ def _found(values: Tensor, table: Tensor, what: str) -> Tensor:
 def _kept_of(name: str, before: nn.Module, after: nn.Module) -> tuple[Tensor, Tensor]:
     """Output and input channels of a layer that are left, told from the numbers in its weight."""
     old, new = before.weight.detach(), after.weight.detach()
-    if isinstance(before, _ConvTransposeNd):
+    if isinstance(before, _ConvTransposeNd) or is_turned_linear(before):
         old, new = old.transpose(0, 1), new.transpose(0, 1)
     first_old, first_new = old.flatten(2)[..., 0] if old.dim() > 2 else old, new
     first_new = new.flatten(2)[..., 0] if new.dim() > 2 else new
@@ -156,7 +168,7 @@ class Silenced:
             own = dict(module.named_parameters(recurse=False))
             if not own or all(p.shape == dict(other.named_parameters())[n].shape for n, p in own.items()):
                 continue
-            if isinstance(module, (_ConvNd, nn.Linear, nn.Embedding)):
+            if isinstance(module, (_ConvNd, nn.Linear, nn.Embedding)) or is_turned_linear(module):
                 self._mask(name, module, other)
             elif all(p.squeeze().dim() <= 1 for p in own.values()) and not list(module.children()):
                 self._replace(name, module, other)
@@ -173,7 +185,8 @@ class Silenced:
         if isinstance(module, nn.Embedding):
             outs, ins = ins, outs
         groups = getattr(module, "groups", 1)
-        rows = module.weight.shape[1 if isinstance(module, (_ConvTransposeNd, nn.Embedding)) else 0]
+        turned = isinstance(module, (_ConvTransposeNd, nn.Embedding)) or is_turned_linear(module)
+        rows = module.weight.shape[1 if turned else 0]
         write = torch.zeros(rows).index_fill_(0, outs, 1)
 
         def silence(tensor: Tensor, keep: Tensor) -> Tensor:
@@ -182,7 +195,7 @@ class Silenced:
 
         self._handles.append(module.register_forward_hook(lambda m, a, y: silence(y, write)))
         if groups == 1 and not isinstance(module, nn.Embedding):
-            columns = module.weight.shape[0 if isinstance(module, _ConvTransposeNd) else 1]
+            columns = module.weight.shape[0 if turned else 1]
             read = torch.zeros(columns).index_fill_(0, ins, 1)
             self._handles.append(
                 module.register_forward_pre_hook(lambda m, a: (silence(a[0], read), *a[1:]) if a else None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,22 @@ def can_be_taken_apart(module: nn.Module) -> bool:
     )
 
 
+class Stand(Protocol):
+    """What stands for a module while a model runs: the Linear layers that it is made of, over its own memory."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+
+    @property
+    def layers(self) -> dict[str, nn.Linear]:
+        """By the part of the module that each is; ``""`` for all of it."""
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Instead of the module's own."""
+
+
 class Projections:
     """The query, key and value projections of an ``nn.MultiheadAttention`` as Linear layers over its own memory.
 
@@ -33,7 +49,7 @@ class Projections:
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
-        self._attention = attention
+        self.module = attention
         packed, bias = attention.in_proj_weight, attention.in_proj_bias
         weights = (
             packed.chunk(3)
@@ -41,11 +57,11 @@ class Projections:
             else (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
         )
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        self.layers = {part: _over(w, b) for part, w, b in zip(PARTS, weights, biases, strict=True)}
+        self.layers = {part: over(w, b) for part, w, b in zip(PARTS, weights, biases, strict=True)}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the module's own forward gives, with each projection called as a layer."""
-        attention = self._attention
+        attention = self.module
         inputs = [self.layers[part](x) for part, x in zip(PARTS, (query, key, value), strict=True)]
         with _without_projections(attention):
             mixed, weights = nn.MultiheadAttention.forward(attention, *inputs, *args, **kwargs)
@@ -53,9 +69,9 @@ class Projections:
 
 
 @contextmanager
-def taken_apart(projections: list[Projections]) -> Iterator[None]:
-    """Let each attention run by way of its :class:`Projections`."""
-    modules = [p._attention for p in projections]
+def taken_apart(projections: Sequence[Stand]) -> Iterator[None]:
+    """Let each module run by way of what stands for it."""
+    modules = [p.module for p in projections]
     for module, parts in zip(modules, projections, strict=True):
         module.__dict__["forward"] = parts.forward
     try:
@@ -65,7 +81,8 @@ def taken_apart(projections: list[Projections]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _over(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def over(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear layer over the memory of ``weight``, ``(outputs, inputs)``, and ``bias``."""
     layer = nn.Linear(1, 1, bias=False, device="meta")
     layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)

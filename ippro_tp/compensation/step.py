@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from ..errors import ObservationError
 from ..graph.attention import update_attention
 from ..graph.following import norm_after
 from ..graph.groups import Graph, graph_of
-from .attention import Projections, can_be_taken_apart, taken_apart
+from ..graph.matrices import matrices_of
+from .attention import Projections, Stand, can_be_taken_apart, taken_apart
 from .cutlayer import CutLayer
 from .inputs import KeptInputs
 from .refitting import Refit
 from .reports import LayerReport
 from .rollback import undone_on_error
 from .samples import Samples
+from .turned import as_linear
 
 
 @dataclass(frozen=True)
@@ -157,17 +160,19 @@ class _Layers:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._attention = {m: n for m, n in graph._module2name.items() if can_be_taken_apart(m)}
-        self._projections: dict[nn.Module, Projections] = {m: Projections(m) for m in self._attention}  # type: ignore[arg-type]
+        names = graph._module2name
+        self._stands: dict[nn.Module, Callable[[], Stand | None]] = {
+            m: partial(as_linear, m, matrix.leaf, matrix.out) for m, matrix in matrices_of(graph).items()
+        }
+        self._stands.update((m, partial(Projections, m)) for m in names if can_be_taken_apart(m))  # type: ignore[arg-type]
+        self._projections = {m: found for m, made in self._stands.items() if (found := made()) is not None}
         self._own = {
             module: CutLayer(name, module, norm_after(graph, module))
-            for module, name in graph._module2name.items()
+            for module, name in names.items()
             if isinstance(module, (_ConvNd, nn.Linear))
         }
         self._parts = {
-            module: {
-                part: CutLayer(f"{self._attention[module]}.{part}_proj", layer) for part, layer in p.layers.items()
-            }
+            module: {part: CutLayer(_named(names[module], part), layer) for part, layer in p.layers.items()}
             for module, p in self._projections.items()
         }
         self.others: list[LayerReport] = []
@@ -177,7 +182,7 @@ class _Layers:
         return [*self._own.values(), *(layer for parts in self._parts.values() for layer in parts.values())]
 
     @property
-    def projections(self) -> list[Projections]:
+    def projections(self) -> list[Stand]:
         """To be taken apart while the model runs."""
         return list(self._projections.values())
 
@@ -194,22 +199,32 @@ class _Layers:
     def renew(self) -> None:
         """Look at the weights that attention has now."""
         for module, parts in self._parts.items():
-            self._projections[module] = Projections(module)  # type: ignore[arg-type]
-            for part, layer in self._projections[module].layers.items():
+            if (found := self._stands[module]()) is None:
+                raise RuntimeError(f"{self._graph._module2name[module]} computes something else once it is cut")
+            self._projections[module] = found
+            for part, layer in found.layers.items():
                 parts[part].module = layer
 
     def _note(self, dep: Any, idxs: list[int]) -> None:
         module, outputs = dep.target.module, self._graph.is_out_channel_pruning_fn(dep.handler)
+        inputs = not outputs and self._graph.is_in_channel_pruning_fn(dep.handler)
         if not idxs or not isinstance(module, nn.Module):
             return
-        if module in self._parts:  # all projections lose the same, as outputs and as inputs
+        if module in self._parts and not isinstance(module, nn.MultiheadAttention):
+            if outputs:
+                self._parts[module][""].remove_outputs(idxs)
+        elif module in self._parts:  # all projections lose the same, as outputs and as inputs
             for layer in (*self._parts[module].values(), self._own[module.out_proj]):  # type: ignore[index]
                 layer.remove_outputs(idxs)
         elif module in self._own and outputs:
             self._own[module].remove_outputs(idxs)
-        elif isinstance(module, (nn.MultiheadAttention, nn.LSTM)) and not outputs:
+        elif inputs and (isinstance(module, (nn.MultiheadAttention, nn.LSTM)) or module in self._stands):
             name, kind = self._graph._module2name[module], type(module).__name__
             self.others.append(LayerReport(name, 0, len(idxs), skipped=f"layers of type {kind} are not covered"))
+
+
+def _named(module: str, part: str) -> str:
+    return f"{module}.{part}_proj" if part else module
 
 
 def _finite(samples: Samples) -> Samples:

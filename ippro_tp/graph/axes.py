@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .labels import Facts
 from .layout import Layout
+from .matrices import drop, lower, matrix_of
 
 BOX = tp.pruner.function.PrunerBox
 TYPES = tp.ops.OPTYPE
@@ -61,18 +62,7 @@ class TensorPruner(tp.pruner.BasePruningFunc):  # type: ignore[misc]
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         """Drop ``idxs``."""
-        tensor = getattr(layer, self.leaf)
-        keep = torch.ones(tensor.shape[self.axis], dtype=torch.bool)
-        keep[list(idxs)] = False
-        index = keep.nonzero().view(-1).to(tensor.device)
-        if isinstance(tensor, nn.Parameter):
-            made = nn.Parameter(tensor.detach().index_select(self.axis, index), tensor.requires_grad)
-            if tensor.grad is not None:
-                made.grad = tensor.grad.index_select(self.axis, index)
-        else:
-            made = tensor.index_select(self.axis, index)
-        setattr(layer, self.leaf, made)
-        return layer
+        return drop(layer, self.leaf, self.axis, idxs)
 
     def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         """As :meth:`prune_out_channels`."""
@@ -113,14 +103,7 @@ class NumberPruner(TensorPruner):
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         """Take away as many as there are ``idxs``."""
-        value = getattr(layer, self.leaf)
-        if self.entry is None:
-            setattr(layer, self.leaf, value - len(idxs))
-        else:
-            entries = list(value)
-            entries[self.entry] -= len(idxs)
-            made = entries if isinstance(value, list) else type(value)(entries)
-            setattr(layer, self.leaf, made)
+        lower(layer, self.leaf, self.entry, len(idxs))
         return layer
 
     def get_out_channels(self, layer: nn.Module) -> int:
@@ -174,6 +157,12 @@ def axes_of(model: nn.Module, facts: Facts, layout: Layout) -> list[Axis]:
                 found.append(_axis(owner, slots, layout, BOX[TYPES.EMBED].prune_out_channels))
         elif isinstance(module, nn.PReLU) and (slots := take(f"{prefix}weight", 0)) is not None:
             found.append(_axis(owner, slots, layout, BOX[TYPES.PRELU].prune_out_channels))
+        elif (matrix := matrix_of(facts, owner)) is not None:
+            outs, ins = (take(f"{prefix}{matrix.leaf}", axis) for axis in (matrix.out, matrix.into))
+            if outs is not None:
+                found.append(_axis(owner, outs, layout, matrix.prune_out_channels, is_root=True))
+            if ins is not None:
+                found.append(_axis(owner, ins, layout, matrix.prune_in_channels, is_output=False))
         for name, axis in [key for key in left if key[0].rpartition(".")[0] == owner]:
             slots = left.pop((name, axis))
             pruner = TensorPruner(name.rpartition(".")[2], axis)

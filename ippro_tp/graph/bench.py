@@ -145,9 +145,10 @@ class Bench:
         repaired: dict[str, str] = {}
         if not keys:
             return repaired
-        more = proposals(self.graph, children=True)
         for kind in dict.fromkeys(map(_kind, keys)):
             waiting = [key for key in keys if _kind(key) == kind]
+            own = torch.cat([self._classes(key) for key in waiting])
+            more = proposals(self.graph, children=True, of=own)
             while waiting:
                 found = self._repaired([waiting[0]], more)
                 if found is None:
@@ -197,7 +198,9 @@ class Bench:
         classes = torch.cat([self._classes(key) for key in keys])
         mine = [a for a in more if bool(torch.isin(a.classes, classes).any())]
         leaves = list(dict.fromkeys(self._leaf(a) for a in mine))
+        places = {_place(a) for a in mine}
         others = [a for a in self.numbers if not bool(torch.isin(a.classes, classes).any())]
+        others = [a for a in others if _place(a) not in places]
         known = self.numbers
         problems: list[str] = []
         if trials is None:
@@ -247,6 +250,11 @@ class Bench:
         if problem is None:
             self._proved = frozenset(keys)
         return problem
+
+
+def _place(axis: Axis) -> tuple[str, str, int | None]:
+    """Where a number is kept."""
+    return axis.owner, axis.pruner.leaf, axis.pruner.entry
 
 
 def _counts(width: int) -> list[int]:

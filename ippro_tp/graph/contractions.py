@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .labels import varying
 from .masks import zeroed
+from .matrices import note_product
 from .meetings import apart, meet
 from .rules import rule
 
@@ -88,6 +89,9 @@ def _product(mode: Provenance, a: Tensor, b: Tensor) -> list[Tensor]:
     """Planes of ``a @ b``, aligned as ``(n, m, k, p)``."""
     size = a.shape[-1]
     batched = a.dim() == 3
+    if mode.removed is None and a.dim() == b.dim() == 2:
+        note_product(mode, a, 1, 0)
+        note_product(mode, b, 0, 1)
     left = [mode.canonical(p) for p in mode.planes(a)]
     right = [mode.canonical(p) for p in mode.planes(b)]
     if a.dim() == 1:

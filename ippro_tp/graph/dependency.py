@@ -15,6 +15,7 @@ from ..errors import IPPROError
 from .axes import Axis, axes_of
 from .labels import Classes, Facts
 from .layout import Layout, decide
+from .matrices import MatrixPruner
 from .onepass import ForwardFn, fresh_copy, run
 from .repaired import RepairedGroup
 
@@ -44,12 +45,14 @@ class RepairedGraph(tp.DependencyGraph):  # type: ignore[misc]
     Attributes:
         left_whole: by key of a group (``"conv1.out"``), why it keeps all of its channels.
         facts: what the forward pass showed.
+        matrices: layers of classes that Torch-Pruning does not know, with what prunes them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.left_whole: dict[str, str] = {}
         self.facts = Facts()
+        self.matrices: dict[nn.Module, MatrixPruner] = {}
 
     def build_dependency(
         self,
@@ -95,6 +98,8 @@ class RepairedGraph(tp.DependencyGraph):  # type: ignore[misc]
                 keep.append((slots, "named in ignored_layers"))
         self.layout: Layout = decide(facts, keep=keep)
         self.axes: list[Axis] = axes_of(self.model, facts, self.layout)
+        found = {a.owner: a.pruner for a in self.axes if isinstance(a.pruner, MatrixPruner)}
+        self.matrices = {self.model.get_submodule(owner): pruner for owner, pruner in found.items()}
         self._nodes: dict[str, Node] = {}
         self.module2node = {self.model.get_submodule(a.owner): self._node(a) for a in self.axes}
         for name, readers in facts.readers.items():
@@ -126,7 +131,8 @@ class RepairedGraph(tp.DependencyGraph):  # type: ignore[misc]
             return axis == int(module.transposed)
         if isinstance(module, nn.Linear) and leaf == "weight":
             return axis == 0
-        return True
+        found = self.facts.matrices.get(owner)
+        return found is None or (leaf, axis) != (found[0], found[2])
 
     def _node(self, axis: Axis) -> Node:
         if axis.owner not in self._nodes:
@@ -179,13 +185,31 @@ class RepairedGraph(tp.DependencyGraph):  # type: ignore[misc]
         ignored = set(ignored_layers)
         for number, key in self._keys.items():
             root, members = self._roots[number], self._members[number]
-            if key in self.left_whole or not isinstance(
-                self.model.get_submodule(root.owner), tuple(root_module_types)
+            layer = self.model.get_submodule(root.owner)
+            if key in self.left_whole or not (
+                layer in self.matrices or isinstance(layer, tuple(root_module_types))
             ):
                 continue
             if any(a.is_output and self.model.get_submodule(a.owner) in ignored for a, _ in members):
                 continue
             yield RepairedGroup(self, members, root)
+
+    def is_out_channel_pruning_fn(self, fn: Any) -> bool:
+        """Whether a handler prunes output channels."""
+        if isinstance(getattr(fn, "__self__", None), MatrixPruner):
+            return bool(fn.__name__ == "prune_out_channels")
+        return bool(super().is_out_channel_pruning_fn(fn))
+
+    def is_in_channel_pruning_fn(self, fn: Any) -> bool:
+        """Whether a handler prunes input channels."""
+        if isinstance(getattr(fn, "__self__", None), MatrixPruner):
+            return bool(fn.__name__ == "prune_in_channels")
+        return bool(super().is_in_channel_pruning_fn(fn))
+
+    def get_pruner_of_module(self, module: nn.Module) -> Any:
+        """Torch-Pruning's, or that of a layer of another class."""
+        found = self.matrices.get(module)
+        return super().get_pruner_of_module(module) if found is None else found
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> RepairedGroup:
         """The channels ``idxs`` of a layer, and all that go with them.

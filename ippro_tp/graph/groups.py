@@ -15,6 +15,7 @@ from torch_pruning._helpers import _HybridIndex as HybridIndex
 from ..errors import StaleStatisticsError
 from ..layers import NOT_PRODUCERS, is_writer
 from ..records import GroupRecord, Layer
+from .matrices import matrices_of
 
 
 class Graph(Protocol):
@@ -156,6 +157,7 @@ def read_group(group: Any) -> GroupRecord:
         The record. ``index`` and ``root`` live on the CPU.
     """
     graph: Graph = group._DG
+    matrices = matrices_of(graph)
     root_idxs = list(group[0][1])
     producers: dict[str, Layer] = {}
     consumers: dict[str, Layer] = {}
@@ -171,7 +173,7 @@ def read_group(group: Any) -> GroupRecord:
         elementwise = out and graph.is_in_channel_pruning_fn(dep.handler)
         produces = out and not isinstance(module, NOT_PRODUCERS) and (not elementwise or is_writer(module))
         inputs = not out and graph.is_in_channel_pruning_fn(dep.handler)  # else a number that a module keeps
-        consumes = inputs and isinstance(module, (_ConvNd, nn.Linear))
+        consumes = inputs and (isinstance(module, (_ConvNd, nn.Linear)) or module in matrices)
         reads = inputs and not consumes and not isinstance(module, NOT_PRODUCERS)
         if not produces and not consumes and not reads:
             continue

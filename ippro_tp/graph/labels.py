@@ -97,6 +97,8 @@ class Facts:
         seen: per module name, vectors of labels along one axis of a tensor inside its forward pass.
         readers: per parameter-owning module, what reads its output directly: module names, "" for anything else.
         reads: in the order of the pass, every operand that is summed over: the operation and the operand's planes.
+        products: per running module, its own weights that were multiplied: name, axes summed over and kept.
+        matrices: per module that is a layer by what it does: its weight and the axes of its outputs and inputs.
     """
 
     classes: Classes = field(default_factory=Classes)
@@ -107,6 +109,8 @@ class Facts:
     seen: dict[str, list[Tensor]] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
     reads: list[tuple[str, list[Tensor]]] = field(default_factory=list)
+    products: dict[str, set[tuple[str, int, int]]] = field(default_factory=dict)
+    matrices: dict[str, tuple[str, int, int]] = field(default_factory=dict)
 
 
 def compact(plane: Tensor) -> Tensor:

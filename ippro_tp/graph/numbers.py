@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .axes import Axis, TensorPruner, number_axis
 from .labels import squeezed, varying
+from .matrices import counted
 
 if TYPE_CHECKING:
     from .dependency import RepairedGraph
@@ -25,16 +25,6 @@ KEPT = (
     "torch.nn.modules.batchnorm",
     "torch.nn.modules.sparse",
 )
-LOWERED: tuple[tuple[Any, frozenset[str]], ...] = (
-    (_ConvNd, frozenset({"in_channels", "out_channels", "groups"})),
-    (nn.Linear, frozenset({"in_features", "out_features"})),
-    ((_BatchNorm, _InstanceNorm), frozenset({"num_features"})),
-    (nn.GroupNorm, frozenset({"num_channels"})),
-    (nn.LayerNorm, frozenset({"normalized_shape"})),
-    (nn.Embedding, frozenset({"embedding_dim"})),
-    (nn.PReLU, frozenset({"num_parameters"})),
-)
-"""Numbers that the functions which prune these layers, or classes derived from them, lower already."""
 
 Numbers = Callable[[nn.Module], Mapping[str, str]]
 _REGISTERED: dict[str, Numbers] = {}
@@ -105,32 +95,68 @@ def _width(layer: nn.Module, out: bool) -> int | None:
     return next((value for n in names if isinstance(value := getattr(layer, n, None), int)), None)
 
 
-def proposals(graph: RepairedGraph, *, children: bool = False) -> list[Axis]:
+def proposals(graph: RepairedGraph, *, children: bool = False, of: Tensor | None = None) -> list[Axis]:
     """Numbers of modules that equal the size of an axis of labelled channels inside the module's forward pass.
 
     Args:
         graph: of the model.
         children: look at the forward passes of the module's children as well.
+        of: classes whose channels a number counts, if it could count these or as many others.
     """
     found: list[Axis] = []
-    pruned = {axis.owner for axis in graph.axes if type(axis.pruner) is not TensorPruner}
+    pruned: dict[str, list[Axis]] = {}
+    for axis in graph.axes:
+        if type(axis.pruner) is not TensorPruner:
+            pruned.setdefault(axis.owner, []).append(axis)
     for name, module in graph.model.named_modules():
         if type(module).__module__.startswith(KEPT):
             continue
         registered = _registered(graph, name, module)
         found += registered.values()
         known = set(registered)
+        if (sides := _of_matrix(graph, name, module)) is not None:
+            found += sides
+            continue
         if name in pruned:
-            known = known.union(*(leaves for kind, leaves in LOWERED if isinstance(module, kind)))
+            known |= _lowered(module, pruned[name])
         numbers = [number for number in _numbers(module) if number[0] not in known]
         if not numbers:
             continue
-        vectors = _vectors(graph, name, {value for _, _, value in numbers}, children)
+        vectors = _vectors(graph, name, {value for _, _, value in numbers}, children, of)
         for leaf, entry, value in numbers:
             choices = vectors.get(value, [])
             if choices:
                 found.append(number_axis(name, leaf, entry, choices[0], graph.layout))
     return found
+
+
+def _of_matrix(graph: RepairedGraph, name: str, module: nn.Module) -> list[Axis] | None:
+    """Numbers of a layer that was recognised by what it does; ``None`` for others, and where it cannot be told."""
+    matrix = graph.matrices.get(module)
+    sides = None if matrix is None else counted(module, matrix, list(_numbers(module)))
+    if matrix is None or sides is None:
+        return None
+    slot = f"{name}.{matrix.leaf}" if name else matrix.leaf
+    return [
+        number_axis(name, leaf, entry, graph.facts.slots[slot, axis], graph.layout)
+        for numbers, axis in zip(sides, (matrix.out, matrix.into), strict=True)
+        for leaf, entry, _ in numbers
+    ]
+
+
+def _lowered(module: nn.Module, axes: Sequence[Axis]) -> set[str]:
+    """Numbers of a layer that the functions which prune it lower already, as a cut of a copy shows."""
+    made = copy.copy(module)
+    made._parameters, made._buffers = dict(module._parameters), dict(module._buffers)
+    before = {(leaf, entry): value for leaf, entry, value in _numbers(module)}
+    for axis in axes:
+        gone = axis.classes == axis.classes[0]  # what goes with the first, unless it stays
+        index = gone.nonzero().view(-1) if bool(axis.classes[0]) and not bool(gone.all()) else torch.zeros(1)
+        with contextlib.suppress(IndexError, RuntimeError, ValueError):  # parts of grouped layers
+            axis.pruner.pruning_dim = -1
+            axis.handler(made, index.long().tolist())
+    after = {(leaf, entry): value for leaf, entry, value in _numbers(made)}
+    return {place[0] for place, value in before.items() if after.get(place) != value}
 
 
 def ties(graph: RepairedGraph, groups: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -149,7 +175,7 @@ def ties(graph: RepairedGraph, groups: Mapping[str, Tensor]) -> list[tuple[Tenso
     wanted = {len(a.labels) for a in graph.axes if a.is_root and f"{a.owner}.out" in groups}
     found: dict[bytes, tuple[Tensor, Tensor]] = {}
     for name in graph.facts.seen:
-        for choices in _vectors(graph, name, wanted, False).values():
+        for choices in _vectors(graph, name, wanted, False, None).values():
             firsts: dict[int, Tensor] = {}
             for vector in choices:
                 groups_of = owner[vector]
@@ -174,8 +200,10 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
                     yield leaf, entry, number
 
 
-def _vectors(graph: RepairedGraph, name: str, wanted: set[int], children: bool) -> dict[int, list[Tensor]]:
-    """Vectors of labels, by length, that were seen in a module; those with channels that can go."""
+def _vectors(
+    graph: RepairedGraph, name: str, wanted: set[int], children: bool, of: Tensor | None
+) -> dict[int, list[Tensor]]:
+    """Vectors of labels, by length, that were seen in a module; those with channels that can go, ``of`` first."""
     layout = graph.layout
     prefix = f"{name}." if name else ""
     names = (
@@ -202,5 +230,5 @@ def _vectors(graph: RepairedGraph, name: str, wanted: set[int], children: bool) 
                 known.add(key)
                 found.setdefault(len(vector), []).append(vector)
     for choices in found.values():
-        choices.sort(key=lambda v: -int((v > 0).sum()))
+        choices.sort(key=lambda v: (of is not None and not bool(torch.isin(v, of).any()), -int((v > 0).sum())))
     return found

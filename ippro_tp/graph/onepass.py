@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..layers import forget_caches, unfused
 from . import contractions, moves, normalisations, reductions  # noqa: F401  # they register rules
 from .labels import Facts
+from .matrices import note_call
 from .provenance import Provenance, ReplayError
 
 OUTPUT = "its channels are the model's output"
@@ -100,9 +101,13 @@ def run(
     mode = Provenance(facts, removed)
     mode.register(model)
     hooks = []
+
+    def leave(_: nn.Module, args: Any, out: Any) -> None:
+        note_call(mode, mode.module.pop(), args, out)
+
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: mode.module.append(name)))
-        hooks.append(module.register_forward_hook(lambda m, a, o: (mode.module.pop(), None)[1], always_call=True))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
         with plain_operations(), mode:
             out = call(model, inputs, forward_fn)

@@ -50,8 +50,6 @@ class Provenance(TorchDispatchMode):
     def __init__(self, facts: Facts, removed: Tensor | None = None, *, replaying: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.replaying, self._next_read, self._operation = replaying, 0, ""
-        self._readers = READERS
-
         self.facts, self.removed = facts, removed
         self.module: list[str] = [""]
         self._rules = RULES
@@ -60,6 +58,7 @@ class Provenance(TorchDispatchMode):
         self.slices = WeakIdKeyDictionary()  # per tensor, by axis and size, where each slice starts
         self._written: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._owners = WeakIdKeyDictionary()
+        self.parameters: dict[str, dict[str, Tensor]] = {}
         self._maker = WeakIdKeyDictionary()
         self._sites: dict[Any, Site] = {}
         self._parents: dict[bytes, int] = {}
@@ -85,7 +84,9 @@ class Provenance(TorchDispatchMode):
                 shape[axis] = size
                 planes.append(self.facts.slots[name, axis].view(shape).expand(tensor.shape))
             self._shadows[tensor] = Shadow(planes)
-            self._owners[tensor] = name.rpartition(".")[0]
+            owner, _, leaf = name.rpartition(".")
+            self._owners[tensor] = owner
+            self.parameters.setdefault(owner, {})[leaf] = tensor
 
     def planes(self, tensor: Any) -> list[Tensor]:
         """Planes of a tensor; none for anything unknown."""
@@ -252,7 +253,7 @@ class Provenance(TorchDispatchMode):
         kwargs = kwargs or {}
         self._operation = name = func._schema.name.removeprefix("aten::")
         if self.replaying:
-            return self._rules[name](self, func, args, kwargs) if name in self._readers else func(*args, **kwargs)
+            return self._rules[name](self, func, args, kwargs) if name in READERS else func(*args, **kwargs)
         rule = self._rules.get(name)
         try:
             out = (rule or self._fallback)(self, func, args, kwargs)

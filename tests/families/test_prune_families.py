@@ -28,7 +28,6 @@ HF = (
     "hf-llama",
     "hf-whisper",
 )
-HF_PENDING = ("hf-gpt2",)  # its Conv1D is a layer of its own
 
 
 def hf_lines() -> dict[str, Line]:
@@ -60,9 +59,7 @@ HIDDEN = ("fc1", "lin1", "up_proj", "c_fc", "pwconv1", "intermediate_dense", "de
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.xfail(strict=True) if n in HF_PENDING else ()) for n in HF]
-)
+@pytest.mark.parametrize("name", HF)
 def test_hidden_layers_and_heads_of_hugging_face_are_pruned(name):
     checks = Checks(hf_lines()[name])
     model = checks.model(planted=False)
