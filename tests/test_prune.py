@@ -565,6 +565,46 @@ class Standardised(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
+class Picky(nn.Module):
+    """Its own forward pass refuses some widths of an inner layer."""
+
+    def __init__(self, least=1, multiple=1, width=48):
+        super().__init__()
+        self.least, self.multiple = least, multiple
+        self.first, self.other, self.head = nn.Linear(4, width), nn.Linear(width, 40), nn.Linear(40, 2)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        if x.shape[-1] < self.least:
+            raise ValueError(f"fewer than {self.least}")
+        if x.shape[-1] % self.multiple:
+            raise ValueError(f"no multiple of {self.multiple}")
+        return self.head(self.other(x).relu())
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.3}, {"params": 0.3}, {"ratio": 0.7}], ids=lambda t: next(iter(t)))
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_model_that_refuses_narrow_layers_keeps_more_of_them(target, scope):
+    torch.manual_seed(0)
+    model, x = Picky(least=20), torch.randn(16, 4)
+    result = prune(model, x[:1], [x], scope=scope, progress=False, **target)
+    assert result.model.first.out_features >= 20
+    assert result.model(x).shape == (16, 2)
+    if "macs" in target:
+        assert result.macs == pytest.approx(0.3, abs=0.0101)
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(4, 48), (6, 48), (7, 49)])
+def test_a_model_that_refuses_all_but_multiples_gets_them(multiple, width):
+    torch.manual_seed(0)
+    model, x = Picky(multiple=multiple, width=width), torch.randn(16, 4)
+    result = prune(model, x[:1], [x], macs=0.5, scope="local", progress=False)
+    assert result.model.first.out_features % multiple == 0
+    assert result.model.first.out_features < width
+    assert result.macs == pytest.approx(0.5, abs=0.0101)
+    assert result.model(x).shape == (16, 2)
+
+
 def test_a_layer_that_does_not_run_at_its_narrowest_keeps_more():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Standardised(6, 32), nn.ReLU(), nn.Linear(32, 2)).eval()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,24 +10,10 @@ from torch import Tensor
 from .axes import Axis
 from .dependency import RepairedGraph
 from .numbers import proposals, ties
-from .trial import Trial
+from .trial import NO_RUN, Trial
+from .verdicts import Verdict, counts_of, kind_of
 
 Leaves = set[tuple[str, str]]
-Status = Literal["proved", "repaired", "whole"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is known of a group.
-
-    Attributes:
-        status: ``"proved"``; ``"repaired"``: proved after numbers that modules keep were found by trial, or with
-            dimensions of heads instead of heads; ``"whole"``: left as it is.
-        reason: why it is left whole, or what was repaired; empty for ``"proved"``.
-    """
-
-    status: Status
-    reason: str = ""
 
 
 class Bench:
@@ -48,6 +30,7 @@ class Bench:
         self.used: list[Axis] = []
         self.ties: list[tuple[Tensor, Tensor]] = []
         self.why: dict[str, str] = {}
+        self.multiples: dict[str, int] = {}
         self.worked: list[Leaves] = []
         self.failed: str | None = None
         self._proved: frozenset[str] = frozenset()
@@ -65,7 +48,7 @@ class Bench:
             if key not in passed:
                 verdicts[key] = Verdict("whole", self.why.get(key, "it fails together with others"))
             elif key in repaired:
-                verdicts[key] = Verdict("repaired", repaired[key])
+                verdicts[key] = Verdict("repaired", repaired[key], self.multiples.get(key, 1))
             else:
                 verdicts[key] = Verdict("proved")
         self.used = self._used(passed)
@@ -96,19 +79,19 @@ class Bench:
         if len(keys) == 1:
             self.why[keys[0]] = problem
             return []
-        kinds = list(dict.fromkeys(map(_kind, keys)))
+        kinds = list(dict.fromkeys(map(kind_of, keys)))
         if len(kinds) == 1:
-            return self._of_one_kind(keys)
-        near = {_kind(key) for key in keys if self._near(key, self.failed)} if self.failed is not None else set()
+            return self._of_onekind_of(keys)
+        near = {kind_of(key) for key in keys if self._near(key, self.failed)} if self.failed is not None else set()
         if not near or len(near) == len(kinds):
             near = set(kinds[: len(kinds) // 2])
-        passed = self._passing([key for key in keys if _kind(key) not in near])
+        passed = self._passing([key for key in keys if kind_of(key) not in near])
         for kind in kinds:
             if kind in near:
-                passed += self._passing([key for key in keys if _kind(key) == kind])
+                passed += self._passing([key for key in keys if kind_of(key) == kind])
         return passed
 
-    def _of_one_kind(self, keys: list[str]) -> list[str]:
+    def _of_onekind_of(self, keys: list[str]) -> list[str]:
         """The same of groups at the same place of repeated blocks: where the first and the last fail, all do."""
         ends = [keys[0], keys[-1]] if len(keys) > 1 else keys
         passed = [key for key in ends if self._passing([key])]
@@ -145,13 +128,14 @@ class Bench:
         repaired: dict[str, str] = {}
         if not keys:
             return repaired
-        for kind in dict.fromkeys(map(_kind, keys)):
-            waiting = [key for key in keys if _kind(key) == kind]
+        for kind in dict.fromkeys(map(kind_of, keys)):
+            waiting = [key for key in keys if kind_of(key) == kind]
             own = torch.cat([self._classes(key) for key in waiting])
             more = proposals(self.graph, children=True, of=own)
             while waiting:
                 found = self._repaired([waiting[0]], more)
                 if found is None:
+                    repaired |= self._in_multiples(waiting)
                     break
                 done = [waiting[0]]
                 if len(waiting) > 1 and self._repaired(waiting[1:], more, [found]) is not None:
@@ -160,6 +144,35 @@ class Bench:
                 repaired |= dict.fromkeys(done, f"numbers found by trial: {names or 'none'}")
                 waiting = waiting[len(done) :]
         return repaired
+
+    def _in_multiples(self, keys: list[str]) -> dict[str, str]:
+        """Keys of one kind that pass where a multiple of a number of units stays, the smallest there is."""
+        units = len(self._classes(keys[0]))
+        factors = [f for f in range(units // 4, 1, -1) if units % f == 0]
+        if not factors or not self.why.get(keys[0], "").startswith(NO_RUN):
+            return {}
+        found = factors[0]
+        if not self._passes_in(keys[:1], found):
+            return {}
+        for smaller in reversed(factors[1:]):
+            if found % smaller == 0 and self._passes_in(keys[:1], smaller):
+                found = smaller
+                break
+        keys = [key for key in keys if len(self._classes(key)) % found == 0]
+        if len(keys) > 1 and not self._passes_in(keys, found):
+            for key in keys[1:]:
+                self.multiples.pop(key, None)
+            keys = keys[:1]
+        self.multiples |= dict.fromkeys(keys, found)
+        return dict.fromkeys(keys, f"its width stays a multiple of {found} units")
+
+    def _passes_in(self, keys: list[str], multiple: int) -> bool:
+        self.multiples |= dict.fromkeys(keys, multiple)
+        if self._try(keys) is None:
+            return True
+        for key in keys:
+            self.multiples.pop(key)
+        return False
 
     def _tied(self, failed: list[str]) -> dict[str, str]:
         """Keys that pass once their channels are those of another group of as many, one by one.
@@ -198,9 +211,8 @@ class Bench:
         classes = torch.cat([self._classes(key) for key in keys])
         mine = [a for a in more if bool(torch.isin(a.classes, classes).any())]
         leaves = list(dict.fromkeys(self._leaf(a) for a in mine))
-        places = {_place(a) for a in mine}
         others = [a for a in self.numbers if not bool(torch.isin(a.classes, classes).any())]
-        others = [a for a in others if _place(a) not in places]
+        moved = {_place(a) for a in mine} & {_place(a) for a in others}  # they could count other channels as well
         known = self.numbers
         problems: list[str] = []
         if trials is None:
@@ -209,12 +221,14 @@ class Bench:
             trials += [set(leaves) - {leaf} for leaf in leaves if len(leaves) > 2]
             trials = sorted(trials, key=lambda t: t not in self.worked)[:10]
         for trial in trials:
-            self.numbers = [*others, *(a for a in mine if self._leaf(a) in trial)]
+            chosen = [a for a in mine if self._leaf(a) in trial]
+            taken = {_place(a) for a in chosen}
+            self.numbers = [*(a for a in others if _place(a) not in taken), *chosen]
             problem = self._try(keys)
             if problem is None:
                 self.worked.append(trial)
                 return trial
-            if not trial and problem in problems:  # the same with all numbers and with none
+            if not trial and problem in problems and not moved:  # the same with all numbers and with none
                 break
             problems.append(problem)
         self.numbers = known
@@ -240,7 +254,8 @@ class Bench:
         chosen = []
         for number, key in enumerate(keys):
             classes = self._classes(key)
-            counts = _counts(len(classes))
+            multiple = self.multiples.get(key, 1)
+            counts = [count * multiple for count in counts_of(len(classes) // multiple)]
             chosen.append(classes[torch.randperm(len(classes), generator=random)[: counts[number % len(counts)]]])
         return torch.cat(chosen)
 
@@ -255,24 +270,3 @@ class Bench:
 def _place(axis: Axis) -> tuple[str, str, int | None]:
     """Where a number is kept."""
     return axis.owner, axis.pruner.leaf, axis.pruner.entry
-
-
-def _counts(width: int) -> list[int]:
-    """Up to four numbers of units to remove, around a quarter.
-
-    What is left has no factor in common with ``width`` if possible: a width that a forward pass holds as a number,
-    ``x.view(n, 12, -1)``, should not fit by chance.
-
-    Example:
-        >>> _counts(64), _counts(12)
-        ([15, 17, 13, 19], [1, 5, 7, 3])
-    """
-    if width < 2:
-        return [0]
-    some = range(1, max(2, 3 * width // 4 + 1))
-    return sorted(some, key=lambda count: (math.gcd(width - count, width) > 1, abs(count - width / 4)))[:4]
-
-
-def _kind(key: str) -> str:
-    """What keys of groups at the same place of repeated blocks have in common."""
-    return re.sub(r"[0-9]+", "#", key)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .axes import number_axis
-from .bench import Bench, Verdict
+from .bench import Bench
 from .dependency import RepairedGraph
 from .onepass import tensors_in
+from .verdicts import Verdict
 
 KEPT = 32
 """Architectures whose verdicts are remembered."""

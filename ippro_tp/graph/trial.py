@@ -16,6 +16,7 @@ from .axes import Axis, NumberPruner
 from .dependency import RepairedGraph, retie
 from .onepass import call, fresh_copy, plain_operations, run, tensors_in
 
+NO_RUN = "pruned, it does not run"
 TOLERANCE = 1e-4
 CLOSE = 5e-6
 """In single precision a difference up to this is rounding; smaller models with more are compared in double."""
@@ -79,7 +80,7 @@ class Trial:
             except Exception as error:  # whatever a model can raise when its widths do not fit
                 self._failed = module_of(error, model)
                 what = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-                return float("inf"), f"pruned, it does not run: {what}"[:200]
+                return float("inf"), f"{NO_RUN}: {what}"[:200]
         torch.manual_seed(self._seed)
         with restored(model):
             return difference(found, reference_outputs(self._graph, model, removed)), None

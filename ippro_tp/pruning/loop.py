@@ -24,7 +24,7 @@ from .measure import Meter
 from .order import Ranked, RemovalOrder
 from .scoring import Scorer
 from .search import Found, Sizes, find, tolerance
-from .sizing import BROKEN, BrokenCutError, cut_copy, cut_sizes, explained, mask_of, multiple_of, widened
+from .sizing import BROKEN, BrokenCutError, cut_copy, cut_sizes, explained, macs_of, mask_of, multiple_of, widened
 from .steps import GroupChange, Options, StepRecord
 from .structure import Prunable, Structure, forward, read_structure, tensors_in
 
@@ -127,7 +127,7 @@ class Loop:
         key = prunable.record.key
         least = max(math.ceil((1 - self.options.max_pruning_ratio) * self._units[key] - 1e-9), 1)
         stairs = self.options.stairs if prunable.units >= 4 * self.options.stairs else 0
-        multiple = multiple_of(prunable, self.options.round_to or stairs)
+        multiple = math.lcm(prunable.multiple, multiple_of(prunable, self.options.round_to or stairs))
         return Ranked.of(key, scores, min(least, prunable.units), multiple, prunable.indispensable(scores))
 
     # -- the search --------------------------------------------------------------------------------------------
@@ -136,12 +136,16 @@ class Loop:
         self, ranked: list[Ranked], structure: Structure, number: int
     ) -> tuple[list[Ranked], Found, float | None]:
         """What :meth:`_search` finds among widths at which the model runs, and the groups as they are then."""
+        broken: StructureError
         for _ in range(NARROW):
             try:
-                return (ranked, *self._search(ranked, structure, number))
-            except BrokenCutError as broken:
-                ranked = widened(ranked, structure, broken)
-        return (ranked, *self._search(ranked, structure, number))
+                found, predicted = self._search(ranked, structure, number)
+                if self.options.unit != "macs":  # no size was measured by running the model
+                    macs_of(cut_copy(structure, ranked, found.gone), self._meter, found.gone)
+                return ranked, found, predicted
+            except BrokenCutError as error:
+                ranked, broken = widened(ranked, structure, error, self._meter), error
+        raise broken
 
     def _search(self, ranked: Sequence[Ranked], structure: Structure, number: int) -> tuple[Found, float | None]:
         """The cut of a step, and the latency predicted for it where that is the target."""

@@ -67,15 +67,24 @@ def cut_sizes(structure: Structure, ranked: Sequence[Ranked], meter: Meter, whol
         model = cut_copy(structure, ranked, gone)
         if unit == "params":
             return sum(p.numel() for p in model.parameters()) / whole.params
-        try:
-            with explained(BROKEN):
-                return meter.counts(model).macs / whole.macs
-        except StructureError as error:
-            cause = error.__cause__
-            place = module_of(cause, model) if isinstance(cause, Exception) else None
-            raise BrokenCutError(str(error), gone, place) from cause
+        return macs_of(model, meter, gone) / whole.macs
 
     return left
+
+
+def macs_of(model: nn.Module, meter: Meter, gone: Mapping[str, int]) -> int:
+    """MACs of a cut copy.
+
+    Raises:
+        BrokenCutError: it does not run without these units.
+    """
+    try:
+        with explained(BROKEN):
+            return meter.counts(model).macs
+    except StructureError as error:
+        cause = error.__cause__
+        place = module_of(cause, model) if isinstance(cause, Exception) else None
+        raise BrokenCutError(str(error), gone, place) from cause
 
 
 class BrokenCutError(StructureError):
@@ -91,10 +100,18 @@ class BrokenCutError(StructureError):
         self.gone, self.place = gone, place
 
 
-def widened(ranked: Sequence[Ranked], structure: Structure, broken: BrokenCutError) -> list[Ranked]:
-    """The same groups, of which those at the module that raised keep a unit more than they had then.
+def widened(ranked: Sequence[Ranked], structure: Structure, broken: BrokenCutError, meter: Meter) -> list[Ranked]:
+    """The same groups, of which those that the model does not run without keep more units than they had then.
 
-    Some layers do not run at every width: statistics of one number, kernels for multiples.
+    Some layers do not run at every width: statistics of one number, kernels for multiples. Groups at the module
+    that raised keep a unit more. Where there are none, as in a check of the model's own forward pass, one whose
+    units make the model run again is looked for, and keeps as many as it takes.
+
+    Args:
+        ranked: the groups.
+        structure: of the model.
+        broken: at which widths it does not run.
+        meter: runs it.
 
     Raises:
         BrokenCutError: no group there can keep more.
@@ -103,12 +120,29 @@ def widened(ranked: Sequence[Ranked], structure: Structure, broken: BrokenCutErr
     for group in ranked:
         record = structure.groups[group.key].record
         names = [layer.name for layer in (*record.producers, *record.consumers, *record.others)]
-        there = place is not None and any(name == place or name.startswith(f"{place}.") for name in names)
+        there = bool(place) and any(name == place or name.startswith(f"{place}.") for name in names)
         gone = broken.gone.get(group.key, 0)
         made.append(replace(group, least=group.units - gone + 1) if there and gone else group)
-    if all(one is other for one, other in zip(made, ranked, strict=True)):
-        raise broken
-    return made
+    if any(one is not other for one, other in zip(made, ranked, strict=True)):
+        return made
+
+    def runs(gone: Mapping[str, int]) -> bool:
+        try:
+            macs_of(cut_copy(structure, ranked, gone), meter, gone)
+        except StructureError:
+            return False
+        return True
+
+    for number, group in enumerate(ranked):
+        low, high = 0, broken.gone.get(group.key, 0)
+        if not high or not runs({**broken.gone, group.key: 0}):
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if runs({**broken.gone, group.key: middle}) else (low, middle)
+        made[number] = replace(group, least=group.units - low)
+        return made
+    raise broken
 
 
 @contextmanager

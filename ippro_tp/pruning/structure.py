@@ -33,6 +33,7 @@ class Prunable:
         unit: ``(width,)`` int64, the unit that each position goes with: positions of one unit go together.
         units: how many there are.
         note: what was repaired to make it right; empty if nothing had to be.
+        multiple: the units that stay have to be a multiple of this.
     """
 
     group: Any
@@ -40,6 +41,7 @@ class Prunable:
     unit: Tensor
     units: int
     note: str = ""
+    multiple: int = 1
 
     def indispensable(self, scores: Tensor) -> Tensor:
         """Units that have to stay, so that no layer is emptied: the best of each that only some pass through.
@@ -131,5 +133,6 @@ def read_structure(
         unit = torch.unique(group.unit, return_inverse=True)[1]
         verdict = verdicts.get(record.key)
         note = verdict.reason if verdict is not None and verdict.status == "repaired" else ""
-        groups[record.key] = Prunable(group, record, unit, int(unit.max()) + 1, note)
+        multiple = 1 if verdict is None else verdict.multiple
+        groups[record.key] = Prunable(group, record, unit, int(unit.max()) + 1, note, multiple)
     return Structure(graph, groups, dict(graph.left_whole), global_pruning)
