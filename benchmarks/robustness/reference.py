@@ -141,7 +141,10 @@ def _found(values: Tensor, table: Tensor, what: str) -> Tensor:
 
 
 def _kept_of(name: str, before: nn.Module, after: nn.Module) -> tuple[Tensor, Tensor]:
-    """Output and input channels of a layer that are left, told from the numbers in its weight."""
+    """Output and input channels of a layer that are left, told from the numbers in its weight.
+
+    A convolution with groups has other input channels in each: those are told from its first filter.
+    """
     old, new = before.weight.detach(), after.weight.detach()
     if isinstance(before, _ConvTransposeNd) or is_turned_linear(before):
         old, new = old.transpose(0, 1), new.transpose(0, 1)
@@ -151,18 +154,41 @@ def _kept_of(name: str, before: nn.Module, after: nn.Module) -> tuple[Tensor, Te
     ins = _found(first_new[0], first_old, name) % first_old.shape[1]
     if not torch.equal(old[outs][:, ins], new):
         raise ValueError(f"{name} holds other numbers than the rows and columns of the original")
+    groups = getattr(before, "groups", 1)
+    if groups > 1 and not isinstance(before, _ConvTransposeNd):
+        leads = outs.view(after.groups, -1)[:, 0] // (len(old) // groups)
+        ins = (leads[:, None] * old.shape[1] + ins).flatten()
     return outs, ins
+
+
+def _alone(module: nn.Module) -> bool:
+    """Whether no parameters but its own take part in what a module computes; activations may."""
+    return not any(True for child in module.children() for _ in child.parameters())
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether a layer does something of its own, such as standardising its weight over the inputs it has."""
+    return type(module).forward not in {
+        kind.forward for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules")
+    } and not is_turned_linear(module)
 
 
 class Silenced:
     """The original model in which channels that a pruned one lost are zero wherever a layer writes or reads them.
 
-    Layers with nothing but vectors for parameters (norms, scales) work on the remaining channels alone.
+    Layers with nothing but vectors for parameters (norms, scales), and convolutions and Linear layers with a
+    forward pass of their own, work on the remaining channels alone.
     """
 
     def __init__(self, original: nn.Module, pruned: nn.Module) -> None:
         self._handles: list[Any] = []
-        after = dict(pruned.named_modules())
+        try:
+            self._hook(original, dict(pruned.named_modules()))
+        except Exception:
+            self.remove()
+            raise
+
+    def _hook(self, original: nn.Module, after: dict[str, nn.Module]) -> None:
         for name, module in original.named_modules():
             other = after[name]
             own = dict(module.named_parameters(recurse=False))
@@ -170,7 +196,7 @@ class Silenced:
                 continue
             if isinstance(module, (_ConvNd, nn.Linear, nn.Embedding)) or is_turned_linear(module):
                 self._mask(name, module, other)
-            elif all(p.squeeze().dim() <= 1 for p in own.values()) and not list(module.children()):
+            elif all(p.squeeze().dim() <= 1 for p in own.values()) and _alone(module):
                 self._replace(name, module, other)
             elif isinstance(module, nn.MultiheadAttention):
                 raise NoReferenceError(f"{name} is an nn.MultiheadAttention")
@@ -184,7 +210,9 @@ class Silenced:
         outs, ins = _kept_of(name, module, other)
         if isinstance(module, nn.Embedding):
             outs, ins = ins, outs
-        groups = getattr(module, "groups", 1)
+        if not isinstance(module, nn.Embedding) and _own_forward(module):
+            self._narrow(module, other, outs, ins)
+            return
         turned = isinstance(module, (_ConvTransposeNd, nn.Embedding)) or is_turned_linear(module)
         rows = module.weight.shape[1 if turned else 0]
         write = torch.zeros(rows).index_fill_(0, outs, 1)
@@ -194,12 +222,19 @@ class Silenced:
             return tensor * keep.to(tensor).view([-1 if a == axis else 1 for a in range(tensor.dim())])
 
         self._handles.append(module.register_forward_hook(lambda m, a, y: silence(y, write)))
-        if groups == 1 and not isinstance(module, nn.Embedding):
-            columns = module.weight.shape[0 if turned else 1]
+        if not isinstance(module, nn.Embedding) and not (turned and getattr(module, "groups", 1) > 1):
+            columns = module.weight.shape[0 if turned else 1] * getattr(module, "groups", 1)
             read = torch.zeros(columns).index_fill_(0, ins, 1)
             self._handles.append(
                 module.register_forward_pre_hook(lambda m, a: (silence(a[0], read), *a[1:]) if a else None)
             )
+
+    def _narrow(self, module: nn.Module, other: nn.Module, outs: Tensor, ins: Tensor) -> None:
+        def narrow(m: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            narrowed = other(args[0].index_select(channel_axis(m, args[0]) % args[0].dim(), ins), *args[1:])
+            return torch.zeros_like(output).index_copy_(channel_axis(m, output) % output.dim(), outs, narrowed)
+
+        self._handles.append(module.register_forward_hook(narrow))
 
     def _replace(self, name: str, module: nn.Module, other: nn.Module) -> None:
         own = dict(module.named_parameters(recurse=False))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -55,6 +56,11 @@ class ScanConfig:
     """Examine ippro_tp.prune() instead of the importances in Torch-Pruning's pruners."""
     quick: bool = False
     """With --prune: random channels to 0.7 of the MACs alone, no calibration and no compensation."""
+    variants: Literal["smallest", "larger"] = "smallest"
+    """Of timm's files of architectures: the smallest model, or the largest of the four smallest. Every model of
+    torchvision is looked at with the smallest, and none with the larger."""
+    sample: int = 0
+    """At most so many files of architectures, evenly spaced in their list; 0: all."""
     limit_seconds: float = 300
     """Wall clock per model."""
     limit_gb: float = 6
@@ -137,8 +143,21 @@ def choose(config: ScanConfig, counts: Counts) -> tuple[int, Iterator[list[Entry
             raise UsageError(f"no family {sorted(unknown)[0]!r}; use torchvision/MODULE or timm/MODULE")
         torchvision = {n: family for n, family in torchvision.items() if _chosen(family, config.families)}
         timm = [family for family in timm if _chosen(family, config.families)]
+    if config.variants == "larger":
+        torchvision = {}
+    if 0 < config.sample < len(timm):
+        timm = [timm[number * len(timm) // config.sample] for number in range(config.sample)]
     ones = ([entry] for entry in torchvision_entries(counts, torchvision))
-    return len(torchvision) + len(timm), itertools.chain(ones, (timm_variants(f, counts) for f in timm))
+    return len(torchvision) + len(timm), itertools.chain(ones, (_variants(f, config, counts) for f in timm))
+
+
+def _variants(family: str, config: ScanConfig, counts: Counts) -> list[Entry]:
+    """Variants of a family in the order in which they are tried."""
+    found = timm_variants(family, counts)
+    if config.variants == "smallest":
+        return found
+    fitting = [entry for entry in found[1:] if entry.params is None or entry.params <= config.max_params * 1e6]
+    return [*reversed(fitting), *found[:1]]
 
 
 def _chosen(family: str, families: tuple[str, ...]) -> bool:

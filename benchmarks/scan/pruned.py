@@ -60,7 +60,7 @@ def examine(name: str, record: Record, side: int | None = None) -> None:
         with torch.no_grad():
             few = parameters(found[0].model) < FEW
             for parameter in found[0].model.parameters():  # the slow reference tells channels by their numbers
-                if few and parameter.dim() > 1 and parameter.dtype == torch.float32:
+                if few and parameter.numel() > 1 and parameter.dtype == torch.float32:
                     make_unique(parameter)
         result["side"] = found[0].side
         record.data["params"] = parameters(found[0].model)

@@ -269,6 +269,19 @@ def test_the_smallest_variants_are_found_and_kept(tmp_path, monkeypatch):
     assert again == variants
 
 
+def test_larger_variants_are_tried_from_the_largest(tmp_path, monkeypatch):
+    sizes = {f"timm/{name}": size for name, size in (("a", 1e6), ("b", 2e6), ("c", 3e6), ("d", 2e8))}
+    monkeypatch.setattr(scan, "timm_families", lambda: [f"timm/{number}" for number in range(10)])
+    monkeypatch.setattr(scan, "timm_variants", lambda f, _: [scan_zoo.Entry(n, f, s) for n, s in sizes.items()])
+    counts = scan_zoo.Counts(tmp_path / "parameters.json")
+    config = scan.ScanConfig(out=tmp_path, prune=True, variants="larger", sample=4, max_params=150)
+    total, candidates = scan.choose(config, counts)
+    lists = list(candidates)
+    assert total == len(lists) == 4
+    assert [[entry.name[-1] for entry in one] for one in lists] == [["c", "b", "a"]] * 4
+    assert [one[0].family for one in lists] == ["timm/0", "timm/2", "timm/5", "timm/7"]
+
+
 def test_counting_stops_at_the_limit():
     assert scan_zoo.count_parameters(lambda: nn.Linear(10, 9), 100) == 99
     with pytest.raises(OverflowError):
