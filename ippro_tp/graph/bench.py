@@ -10,7 +10,7 @@ from torch import Tensor
 from .axes import Axis
 from .dependency import RepairedGraph
 from .numbers import proposals, ties
-from .trial import NO_RUN, Trial
+from .trial import REFUSED, Trial
 from .verdicts import Verdict, counts_of, kind_of
 
 Leaves = set[tuple[str, str]]
@@ -149,7 +149,8 @@ class Bench:
         """Keys of one kind that pass where a multiple of a number of units stays, the smallest there is."""
         units = len(self._classes(keys[0]))
         factors = [f for f in range(units // 4, 1, -1) if units % f == 0]
-        if not factors or not self.why.get(keys[0], "").startswith(NO_RUN):
+        # What an operation does not take, a reshape to another number say, might fit a multiple by chance.
+        if not factors or not self.why.get(keys[0], "").startswith(REFUSED):
             return {}
         found = factors[0]
         if not self._passes_in(keys[:1], found):

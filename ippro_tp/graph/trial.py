@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from .axes import Axis, NumberPruner
 from .dependency import RepairedGraph, retie
 from .onepass import call, fresh_copy, plain_operations, run, tensors_in
 
-NO_RUN = "pruned, it does not run"
+NO_RUN, REFUSED = "pruned, it does not run", "pruned, it refuses to run"
 TOLERANCE = 1e-4
 CLOSE = 5e-6
 """In single precision a difference up to this is rounding; smaller models with more are compared in double."""
@@ -80,7 +81,7 @@ class Trial:
             except Exception as error:  # whatever a model can raise when its widths do not fit
                 self._failed = module_of(error, model)
                 what = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-                return float("inf"), f"{NO_RUN}: {what}"[:200]
+                return float("inf"), f"{REFUSED if refuses(error) else NO_RUN}: {what}"[:200]
         torch.manual_seed(self._seed)
         with restored(model):
             return difference(found, reference_outputs(self._graph, model, removed)), None
@@ -181,6 +182,17 @@ def module_of(error: Exception, model: nn.Module) -> str | None:
         return None
     name: str = names[found]
     return name.rpartition(".")[0] if type(found).__module__.startswith("torch.nn") else name
+
+
+def refuses(error: Exception) -> bool:
+    """Whether a ``raise`` or ``assert`` of Python's made an error, and not an operation that does not fit."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    instructions = {i.offset: i.opname for i in dis.get_instructions(trace.tb_frame.f_code)}
+    return instructions.get(trace.tb_lasti) == "RAISE_VARARGS"
 
 
 def marked(size: int, chosen: Tensor) -> Tensor:
