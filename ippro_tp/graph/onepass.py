@@ -103,7 +103,10 @@ def run(
     hooks = []
 
     def leave(_: nn.Module, args: Any, out: Any) -> None:
-        note_call(mode, mode.module.pop(), args, out)
+        name = mode.module.pop()
+        if removed is None:
+            with torch._C._DisableTorchDispatch():  # what is computed here is not the model's
+                note_call(mode, name, args, out)
 
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: mode.module.append(name)))

@@ -9,6 +9,7 @@ from torch import nn
 from ippro_tp import prune
 from ippro_tp.graph.dependency import build_graph
 from ippro_tp.graph.groups import read_group
+from ippro_tp.graph.provenance import Provenance
 
 
 class Turned(nn.Module):
@@ -97,6 +98,14 @@ def test_a_layer_that_does_more_than_multiply_is_cut_and_left_as_it_is():
     assert result.macs == pytest.approx(0.6, abs=0.01)
     rows = {row.name: row.skipped for row in result.steps[0].refitted.rows}
     assert rows == dict.fromkeys(("up", "down", "head"), "layers of type Scaled are not covered")
+
+
+def test_a_second_pass_finds_what_the_first_has_noted():
+    net, x = twins(Turned)[0], torch.randn(2, 5, 6)
+    facts = build_graph(net, x).facts
+    assert {operation for operation, _ in facts.reads} == {"addmm"}
+    with torch.no_grad(), Provenance(facts, torch.zeros(len(facts.classes), dtype=torch.bool), replaying=True):
+        net(x)  # otherwise it raises
 
 
 def test_groups_tell_which_side_is_which_and_ignored_ones_keep_their_outputs():
