@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +17,14 @@ from .patches import inputs_at, sum_at
 from .recording import Recording
 from .regression import mean_square, refit
 from .reports import LayerReport
+from .samples import even_choice
 
 ZERO = 64
 """An error of so many times the rounding of a single value is none."""
 LARGEST_ZERO = 0.03
 """And none of more than this part of the output: a half-precision layer that lost inputs is not unchanged."""
+GROUPS = 64
+"""Of more groups, as depthwise convolutions have, an even choice of so many decides which ridge is best, if any."""
 
 
 class FittingPass:
@@ -157,20 +161,12 @@ class FittingPass:
         self, layer: CutLayer, x: Tensor, number: int, branch: Branch | None = None, terms: Sequence[Tensor] = ()
     ) -> None:
         """Refit to one more call; or, at an addition, so that the ``terms`` have the sum they had."""
-        wanted = self._recording.wanted[layer.name, number]
         several = len(self._recording.facts.layouts[layer.name]) > 1
         if several:
             layer.undo()  # all calls are fitted from what Torch-Pruning left
-        dtype = torch.promote_types(layer.module.weight.dtype, torch.float32)
-        read = inputs_at(layer.module, x, wanted.rows).to(dtype)
-        y = _grouped(wanted.values[:, layer.outputs.to(x.device)].to(dtype), layer.groups)
-        if branch is None:
-            given = read @ layer.matrix(dtype)
-            if layer.module.bias is not None:
-                given += layer.module.bias.to(dtype).view(layer.groups, 1, -1)
-        else:
-            given = _grouped(sum_at(layer.module, terms, wanted.rows, dtype), layer.groups)
-        read, y, error, even = _finite(read, y, y - given, wanted.even)
+        sampled = layer.groups > GROUPS and not several and self._ridge is None
+        some = even_choice(layer.groups, GROUPS) if sampled else None
+        read, y, error, even = self._rows(layer, x, number, branch, terms, some)
         if several:
             parts = self._gathered.setdefault(layer.name, [])
             parts.append((read, y, error, even))
@@ -186,7 +182,12 @@ class FittingPass:
             raise Mixed(layer.name)
         else:
             margin = 1 / len(self._recording.fitting)
-            update = refit(read, error, even, layer.constant != "", self._ridge, margin)
+            affine = layer.constant != ""
+            update = refit(read, error, even, affine, self._ridge, margin)
+            if some is not None and not math.isnan(update.ridge):
+                read, y, error, even = self._rows(layer, x, number, branch, terms)
+                power = mean_square(y)
+                update = refit(read, error, even, affine, update.ridge).unless_worse()
             per = 1.0 if branch is None else _grouped(branch.divisors().unsqueeze(0), layer.groups).double()
             layer.add(
                 None if update.delta is None else update.delta / per,
@@ -199,14 +200,41 @@ class FittingPass:
             )
 
 
+    def _rows(
+        self,
+        layer: CutLayer,
+        x: Tensor,
+        number: int,
+        branch: Branch | None,
+        terms: Sequence[Tensor],
+        some: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What a layer reads, what it is to give, and what it gives less than that: ``(groups, rows, ...)`` each.
+
+        ``some``: of these groups only. Also the number of rows, the first ones, that belong to even samples.
+        """
+        wanted = self._recording.wanted[layer.name, number]
+        dtype = torch.promote_types(layer.module.weight.dtype, torch.float32)
+        groups = slice(None) if some is None else some
+        outputs = layer.outputs.view(layer.groups, -1)[groups]
+        read = inputs_at(layer.module, x, wanted.rows, some).to(dtype)
+        y = _grouped(wanted.values[:, outputs.flatten().to(x.device)].to(dtype), len(outputs))
+        if branch is None:
+            given = read @ layer.matrix(dtype)[groups]
+            if layer.module.bias is not None:
+                given += layer.module.bias.to(dtype).view(layer.groups, 1, -1)[groups]
+        else:
+            given = _grouped(sum_at(layer.module, terms, wanted.rows, dtype), layer.groups)[groups]
+        return _finite(read, y, y - given, wanted.even)
+
+
 class Mixed(ObservationError):
     """A layer before the first cut gives other values than before; the message is its name."""
 
 
 def _grouped(values: Tensor, groups: int) -> Tensor:
     """``(rows, channels)`` as ``(groups, rows, channels of a group)``."""
-    found: Tensor = values.unflatten(1, (groups, -1)).transpose(0, 1)
-    return found
+    return values.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
 
 
 def _finite(read: Tensor, y: Tensor, error: Tensor, even: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -67,13 +67,14 @@ def sum_at(module: nn.Module, terms: Iterable[Tensor], rows: Rows, dtype: torch.
     return found
 
 
-def inputs_at(module: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+def inputs_at(module: nn.Module, x: Tensor, rows: Rows, groups: Tensor | None = None) -> Tensor:
     """What a layer reads for the outputs that :func:`outputs_at` gives.
 
     Args:
         module: a Conv or Linear layer.
         x: its input.
         rows: which.
+        groups: int64, those of a convolution's groups that are asked for; ``None``: all.
 
     Returns:
         ``(groups, rows, features)``; features are those of one filter: taps times channels, taps slowest.
@@ -82,18 +83,26 @@ def inputs_at(module: nn.Module, x: Tensor, rows: Rows) -> Tensor:
     if not isinstance(module, _ConvNd):
         return x.reshape(-1, x.shape[-1]).index_select(0, index).unsqueeze(0)
     where, inside = _read_from(module, tuple(x.shape[2:]), rows.shape[1:], index % math.prod(rows.shape[1:]))
-    sample, space = index // math.prod(rows.shape[1:]), math.prod(x.shape[2:])
-    if where.numel() * 4 < x.shape[0] * space:  # few: not worth turning the whole input round
-        values = x.flatten(2)[sample.unsqueeze(1), :, where]
-    else:
-        channels_last = x.flatten(2).transpose(1, 2).reshape(-1, x.shape[1])
-        values = channels_last.index_select(0, (sample.unsqueeze(1) * space + where).view(-1)).view(
-            *where.shape, -1
-        )
+    sample, space = (index // math.prod(rows.shape[1:])).unsqueeze(1), math.prod(x.shape[2:])
+    x = x.flatten(2)
+    if groups is not None:
+        x = x.unflatten(1, (module.groups, -1))[:, groups.to(x.device)].flatten(1, 2)
+    count = module.groups if groups is None else len(groups)
+    some = where.numel() * 4 < x.shape[0] * space  # so few: not worth turning the whole input round
+    if some or count == 1:
+        if some:
+            values = x[sample, :, where]
+        else:
+            values = x.transpose(1, 2).flatten(0, 1).index_select(0, (sample * space + where).view(-1))
+            values = values.view(*where.shape, -1)
+        values = values.unflatten(2, (count, -1)).permute(2, 0, 1, 3)
+    else:  # in the order in which they are given
+        values = x.transpose(0, 1).flatten(1).index_select(1, (sample * space + where).view(-1))
+        values = values.view(count, -1, *where.shape).permute(0, 2, 3, 1)
+    values = values.contiguous()
     if inside is not None:
-        values = values * inside.unsqueeze(-1)
-    grouped: Tensor = values.unflatten(2, (module.groups, -1)).permute(2, 0, 1, 3)
-    rows_read: Tensor = grouped.reshape(module.groups, len(index), -1)
+        values *= inside.unsqueeze(-1)
+    rows_read: Tensor = values.flatten(2)
     return rows_read
 
 

@@ -51,6 +51,12 @@ class Update:
     before: float
     after: float
 
+    def unless_worse(self) -> Update:
+        """The update, or none where it would leave more of the error."""
+        if not self.after > self.before:
+            return self
+        return Update(None, None, float("nan"), self.before, self.before)
+
 
 def refit(
     x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None = None, margin: float = 0.0
