@@ -468,7 +468,7 @@ def test_refit_is_ridge_regression(features: int, affine: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 90, features, generator=generator, dtype=torch.float64) + 0.5
     e = torch.randn(2, 90, 3, generator=generator, dtype=torch.float64)
-    result = refit(x, e, 45, affine, ridge=0.1)
+    result = refit(x.clone(), e, 45, affine, ridge=0.1)
 
     def solve(x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         a, b = (v - v.mean(0) if affine else v for v in (x, e))

@@ -24,7 +24,7 @@ ZERO = 64
 LARGEST_ZERO = 0.03
 """And none of more than this part of the output: a half-precision layer that lost inputs is not unchanged."""
 GROUPS = 64
-"""Of more groups, as depthwise convolutions have, an even choice of so many decides which ridge is best, if any."""
+"""Of twice as many groups or more, an even choice of so many decides which ridge is best, if any."""
 
 
 class FittingPass:
@@ -125,7 +125,14 @@ class FittingPass:
         if x is None:
             return None
         self._refit(layer, x, 0, branch, [branch.as_given(value), branch.as_given(other)])
-        return branch.apply(layer.module.forward(x)) if layer.changed else None
+        return self._again(branch, x, value) if layer.changed else None
+
+    def _again(self, branch: Branch, x: Tensor, value: Tensor) -> Tensor:
+        """What a refitted layer gives for ``x``, written over ``value``, which it gave before."""
+        size = len(x) if branch.dims[0] else -(-len(x) * self._recording.batch // len(self._recording.fitting))
+        for read, out in zip(x.split(size), value.split(size), strict=True):
+            out.copy_(branch.apply(branch.layer.module.forward(read)))
+        return value
 
     def _leave(self, layer: CutLayer, reason: str) -> None:
         layer.undo()
@@ -164,7 +171,7 @@ class FittingPass:
         several = len(self._recording.facts.layouts[layer.name]) > 1
         if several:
             layer.undo()  # all calls are fitted from what Torch-Pruning left
-        sampled = layer.groups > GROUPS and not several and self._ridge is None
+        sampled = layer.groups >= 2 * GROUPS and not several and self._ridge is None
         some = even_choice(layer.groups, GROUPS) if sampled else None
         read, y, error, even = self._rows(layer, x, number, branch, terms, some)
         if several:
@@ -198,7 +205,6 @@ class FittingPass:
             self._reports[layer.name] = LayerReport(
                 layer.name, kept, removed, update.before * share, update.after * share, update.ridge, constant
             )
-
 
     def _rows(
         self,
@@ -234,7 +240,8 @@ class Mixed(ObservationError):
 
 def _grouped(values: Tensor, groups: int) -> Tensor:
     """``(rows, channels)`` as ``(groups, rows, channels of a group)``."""
-    return values.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
+    found: Tensor = values.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
+    return found
 
 
 def _finite(read: Tensor, y: Tensor, error: Tensor, even: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -8,7 +8,8 @@ place of products between features.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -81,8 +82,12 @@ class _Moments:
         return cls(x.shape[1], _total(x), _total(e), gram(x).double(), (x.mT @ e).double(), square)
 
     def plus(self, other: _Moments) -> _Moments:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Moments(*(mine + theirs for mine, theirs in pairs))
+        return _Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @cached_property
+    def central(self) -> tuple[Tensor, Tensor]:
+        """Sums of x x^T and x e^T about the means."""
+        return self.xx - self.x.mT @ (self.x / self.rows), self.xe - self.x.mT @ (self.e / self.rows)
 
     def to(self, kind: torch.dtype) -> _Moments:
         """The same in another precision."""
@@ -97,10 +102,7 @@ class _Moments:
         mean = self.e / self.rows if affine else torch.zeros_like(self.e)
         if ridge == float("inf"):
             return torch.zeros_like(self.xe), mean
-        xx, xe = self.xx, self.xe
-        if affine:
-            xx = xx - self.x.mT @ (self.x / self.rows)
-            xe = xe - self.x.mT @ mean
+        xx, xe = self.central if affine else (self.xx, self.xe)
         delta = _solve(xx, xe, ridge, xx.diagonal(dim1=-2, dim2=-1).mean(-1))
         return delta, mean - self.x / self.rows @ delta if affine else mean
 
@@ -114,12 +116,13 @@ class _Moments:
 
 
 class Dual(Sums):
-    """Products between rows; for more features than rows."""
+    """Products between rows; for more features than rows. Where there is a constant, x has mean zero."""
 
     def __init__(self, x: Tensor, e: Tensor, even: int, affine: bool) -> None:
         self.affine = affine
         self._x, self._e = x, e
         self._halves = slice(even), slice(even, x.shape[1])
+        self._between: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
         products = gram(x.mT)  # (groups, rows, rows)
         self._products = {torch.float64: products.double(), x.dtype: products}
         judged = e[:, :, :: -(-e.shape[2] // JUDGED)]
@@ -132,9 +135,12 @@ class Dual(Sums):
         """See :class:`Sums`."""
         kind = self._x.dtype if ridge >= SHORT else torch.float64
         test, train = self._halves[half], self._halves[1 - half]
-        products, e = self._products[kind], self._judged[kind]
-        own, between = products[:, train, train], products[:, test, train]
-        alpha, mean, between = self._fit(own, e[:, train], ridge, between)
+        e = self._judged[kind]
+        if (kind, half) not in self._between:
+            products = self._products[kind]
+            self._between[kind, half] = self._centred(products[:, train, train], products[:, test, train])
+        own, between = self._between[kind, half]
+        alpha, mean = self._fit(own, e[:, train], ridge)
         rest = e[:, test] - mean - (0 if alpha is None else between @ alpha)
         return rest.double().square().mean(1).sum()
 
@@ -143,28 +149,26 @@ class Dual(Sums):
         if ridge < SHORT and self._x.shape[2] <= self._x.shape[1]:  # products of rows would be singular
             return Primal(self._x, self._e, self._x.shape[1], self.affine).solve(ridge)
         kind = self._x.dtype if ridge >= SHORT else torch.float64
-        products = self._products[kind]
-        alpha, mean, _ = self._fit(products, self._e.to(kind), ridge, products[:, :1])
+        alpha, mean = self._fit(self._products[kind], self._e.to(kind), ridge)
         if alpha is None:
             return mean.new_zeros(len(mean), self._x.shape[2], mean.shape[2]).double(), mean.double()
-        center = self._x.mean(1, keepdim=True) if self.affine else torch.zeros_like(self._x[:, :1])
-        delta = ((self._x - center).mT @ alpha.to(self._x.dtype)).double()
-        return delta, mean.double() - center.double() @ delta if self.affine else mean.double()
+        return (self._x.mT @ alpha.to(self._x.dtype)).double(), mean.double()
 
-    def _fit(
-        self, own: Tensor, wanted: Tensor, ridge: float, between: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Weights of rows of products ``own``, their mean of e, products ``between`` others and them, centred."""
+    def _centred(self, own: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of rows with each other and with others, about the mean of the former where that is free."""
+        if not self.affine:
+            return own, between
+        shared = own.mean(1, keepdim=True)
+        middle = shared.mean(2, keepdim=True)
+        return own - shared - shared.mT + middle, between - between.mean(2, keepdim=True) - shared + middle
+
+    def _fit(self, own: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor | None, Tensor]:
+        """Weights of rows whose products with each other are ``own``, and their mean of e."""
         mean = wanted.mean(1, keepdim=True) if self.affine else torch.zeros_like(wanted[:, :1])
         if ridge == float("inf"):
-            return None, mean, between
-        if self.affine:
-            shared = own.mean(1, keepdim=True)
-            middle = shared.mean(2, keepdim=True)
-            between = between - between.mean(2, keepdim=True) - shared + middle
-            own = own - shared - shared.mT + middle
+            return None, mean
         unit = own.diagonal(dim1=-2, dim2=-1).sum(-1) / self._x.shape[2]
-        return _solve(own, wanted - mean, ridge, unit), mean, between
+        return _solve(own, wanted - mean, ridge, unit), mean
 
 
 def gram(x: Tensor) -> Tensor:

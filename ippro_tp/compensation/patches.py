@@ -85,20 +85,22 @@ def inputs_at(module: nn.Module, x: Tensor, rows: Rows, groups: Tensor | None = 
     where, inside = _read_from(module, tuple(x.shape[2:]), rows.shape[1:], index % math.prod(rows.shape[1:]))
     sample, space = (index // math.prod(rows.shape[1:])).unsqueeze(1), math.prod(x.shape[2:])
     x = x.flatten(2)
-    if groups is not None:
-        x = x.unflatten(1, (module.groups, -1))[:, groups.to(x.device)].flatten(1, 2)
-    count = module.groups if groups is None else len(groups)
-    some = where.numel() * 4 < x.shape[0] * space  # so few: not worth turning the whole input round
-    if some or count == 1:
-        if some:
-            values = x[sample, :, where]
-        else:
-            values = x.transpose(1, 2).flatten(0, 1).index_select(0, (sample * space + where).view(-1))
-            values = values.view(*where.shape, -1)
-        values = values.unflatten(2, (count, -1)).permute(2, 0, 1, 3)
+    channels = torch.arange(x.shape[1], device=x.device).view(module.groups, -1)
+    channels = channels if groups is None else channels[groups.to(x.device)]
+    if where.numel() * 4 < x.shape[0] * space:  # few: not worth turning the whole input round
+        values = (
+            x[sample, :, where]
+            if groups is None
+            else x[sample.unsqueeze(2), channels.view(-1), where.unsqueeze(2)]
+        )
+        values = values.unflatten(2, channels.shape).permute(2, 0, 1, 3)
+    elif module.groups == 1:
+        values = x.transpose(1, 2).flatten(0, 1).index_select(0, (sample * space + where).view(-1))
+        values = values.view(1, *where.shape, -1)
     else:  # in the order in which they are given
+        x = x if groups is None else x[:, channels.view(-1)]
         values = x.transpose(0, 1).flatten(1).index_select(1, (sample * space + where).view(-1))
-        values = values.view(count, -1, *where.shape).permute(0, 2, 3, 1)
+        values = values.view(*channels.shape, *where.shape).permute(0, 2, 3, 1)
     values = values.contiguous()
     if inside is not None:
         values *= inside.unsqueeze(-1)

@@ -17,8 +17,8 @@ from .patches import Rows, choose, rows_of, sum_at
 from .probe import Facts, Layout, probe
 from .samples import Samples, even_choice
 
-ROWS, PER_FEATURE = 2048, 48
-"""A layer with f features is fitted to PER_FEATURE * f output positions, at least ROWS, ..."""
+ROWS, GROUPED_ROWS, PER_FEATURE = 2048, 512, 24
+"""A layer with f features is fitted to PER_FEATURE * f positions, at least ROWS, with groups GROUPED_ROWS, ..."""
 WORK, FEWEST, MOST = 1 << 32, 2048, 16384
 """... and at most WORK / f^2, or FEWEST where that is less, and never more than MOST."""
 MATRICES = 6
@@ -120,7 +120,8 @@ class Budget:
             each, channels = facts.outputs.get(layer.name, (0.0, 0))
             size = layer.module.weight.element_size()
             most = min(MOST, max(FEWEST, WORK // layer.features**2))
-            wanted = max(ROWS, min(most, PER_FEATURE * layer.features))
+            least = ROWS if layer.groups == 1 else GROUPED_ROWS
+            wanted = min(most, max(least, PER_FEATURE * layer.features))
             read = layer.features * layer.groups * 4 * size + layer.taps * 32 + channels * (5 * size + 16)
             rows[layer.name] = max(2, min(wanted, memory // 4 // read))
             work = max(work, rows[layer.name] * read + MATRICES * 8 * layer.groups * layer.features**2)
@@ -220,13 +221,15 @@ class Recording:
 
         added = [layer for layer in self._layers if layer.name in self.facts.added]
         with reproducibly(self.model), after_each(self._layers, see), Additions(added, meet):
-            for batch in self.fitting.split(self._batch()):
+            for batch in self.fitting.split(self.batch):
                 calls.clear()
                 self.call(batch)
                 first += len(batch)
         self.wanted = {key: wanted for key, parts in found.items() if (wanted := parts.joined()) is not None}
 
-    def _batch(self) -> int:
+    @property
+    def batch(self) -> int:
+        """Samples that are best run at a time."""
         if not self.facts.apart:
             return len(self.fitting)
         return max(LEAST_BATCH, min(BATCH, int(BATCH_BYTES / max(1.0, self.facts.bytes_per_sample))))

@@ -23,14 +23,12 @@ from .moments import Dual, Primal, Sums
 
 RIDGES = (1e-10, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridges that cross-validation chooses from, as multiples of the mean variance of the features."""
-FIRST, FIRST_MANY = (2, 5, 8), (5, 8)
-"""Those tried first; then the neighbours of the best, until it lies between two that are worse."""
-MANY = 512
-"""With more features, ridges are searched for on one half, and only the best is judged on the other too."""
+FIRST = (5, 8)
+"""Those tried first, on one half; then the neighbours of the best, until it lies between two that are worse."""
 EXACT = 1e-4
 """An error of which no more than this is left is worked out in double precision."""
 TRIES = 3
-"""Candidates that are judged on both halves, at most, where there are many features."""
+"""Candidates that are judged on both halves, at most, the best ones first."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def refit(
     """Change a layer's weight so that its output error shrinks.
 
     Args:
-        x: ``(groups, rows, features)``, what the layer reads.
+        x: ``(groups, rows, features)``, what the layer reads. It is overwritten: centred where ``affine``.
         e: ``(groups, rows, outputs)``, wanted minus actual output.
         even: the first so many rows belong to the one half of the samples, the rest to the other.
         affine: whether the caller can change the mean output.
@@ -76,18 +74,20 @@ def refit(
         The update, float64. With ``ridge=None`` its held-out error on either half is no larger than before; with
         samples in one half only, nothing can be held out and nothing is done.
     """
+    center = x.mean(1, keepdim=True) if affine else torch.zeros_like(x[:, :1])
+    x -= center  # moments are taken about the mean: no digits are lost
     found = _refit(x, e, even, affine, ridge, margin)
     if (
         x.dtype != torch.float64 and found.after < EXACT * found.before
     ):  # more than single precision can tell apart
         found = _refit(x.double(), e.double(), even, affine, ridge, margin)
-    return found
+    if found.constant is None or found.delta is None:
+        return found
+    return replace(found, constant=found.constant - (center.double() @ found.delta).squeeze(1))
 
 
 def _refit(x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None, margin: float) -> Update:
     nothing = Update(None, None, float("nan"), mean_square(e), float("nan"))
-    center = x.mean(1, keepdim=True) if affine else torch.zeros_like(x[:, :1])
-    x = x - center  # moments are taken about the mean: no digits are lost
     rows, features = x.shape[1:]
     make = Dual if 2 * features > rows else Primal
     sums: Sums = make(x, e, even, affine)
@@ -95,7 +95,7 @@ def _refit(x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None, m
     if 0 < even < rows:
         before = now = sums.power
         if ridge is None:
-            choice, now = _search(sums, margin, features > MANY)
+            choice, now = _search(sums, margin)
         else:
             now = torch.stack([sums.held_out(ridge, half) for half in (0, 1)])
         left = float(now.sum() / before.sum()) if float(before.sum()) > 0 else 0.0
@@ -108,7 +108,6 @@ def _refit(x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None, m
             break
     else:
         return replace(nothing, after=nothing.before if 0 < even < rows else nothing.after)
-    constant = constant - center.double() @ delta
     return Update(
         None if choice == float("inf") else delta,
         constant.squeeze(1) if affine else None,
@@ -118,32 +117,29 @@ def _refit(x: Tensor, e: Tensor, even: int, affine: bool, ridge: float | None, m
     )
 
 
-def _search(sums: Sums, margin: float, many: bool) -> tuple[float | None, Tensor]:
+def _search(sums: Sums, margin: float) -> tuple[float | None, Tensor]:
     """The ridge of the least held-out error that is less than now on either half, and those errors.
 
     The error is taken to fall and rise once over the ridges.
     """
-    found: dict[tuple[float, int], Tensor] = {}
+    found: dict[float, Tensor] = {}
 
-    def error(ridge: float, half: int) -> Tensor:
-        if (ridge, half) not in found:
-            found[ridge, half] = sums.held_out(ridge, half)
-        return found[ridge, half]
-
-    def total(ridge: float) -> float:
-        value = float(sum(error(ridge, half) for half in ((0,) if many else (0, 1))))
+    def error(ridge: float) -> float:
+        if ridge not in found:
+            found[ridge] = sums.held_out(ridge, 0)
+        value = float(found[ridge])
         return value if value == value else float("inf")
 
-    tried = {RIDGES[i] for i in (FIRST_MANY if many else FIRST)}
+    tried = {RIDGES[i] for i in FIRST}
     while True:
-        best = RIDGES.index(min(sorted(tried), key=total))
+        best = RIDGES.index(min(sorted(tried), key=error))
         near = {RIDGES[i] for i in (best - 1, best + 1) if 0 <= i < len(RIDGES)} - tried
         if not near:
             break
         tried |= near
-    candidates = sorted({*tried, float("inf")} if sums.affine else tried, key=total)
-    for ridge in candidates[: TRIES if many else None]:
-        left = torch.stack([error(ridge, half) for half in (0, 1)])
+    candidates = sorted({*tried, float("inf")} if sums.affine else tried, key=error)
+    for ridge in candidates[:TRIES]:
+        left = torch.stack([found[ridge], sums.held_out(ridge, 1)])
         if bool((left <= (1 - margin) * sums.power).all()) and bool(left.isfinite().all()):
             return ridge, left
     return None, sums.power
