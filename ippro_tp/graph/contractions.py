@@ -21,10 +21,11 @@ def _pair(mode: Provenance, one: list[Tensor], other: list[Tensor], size: int) -
     """Channels that are summed over meet; canonical planes of both, aligned, come back united."""
     if size < 2:
         return []
-    for plane in one[1:]:
-        mode.union(one[0], plane)
-    for plane in other[1:]:
-        mode.union(other[0], plane)
+    one, other = (sorted(planes, key=lambda p: -len(varying(p))) for planes in (one, other))
+    for planes in (one, other):
+        for plane in planes[1:]:
+            if varying(plane) == varying(planes[0]):  # otherwise their tensor says how they go together
+                mode.union(planes[0], plane)
     if one and other:
         mode.union(one[0], other[0])
     else:

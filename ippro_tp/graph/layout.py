@@ -100,7 +100,7 @@ def _settle(classes: Classes, site: Site, fixed: list[tuple[Tensor, str]]) -> bo
     if not choices:
         _fix(fixed, planes, "no part of its tensor can go alone")
         return _seal(classes, planes)
-    axis = choices[0] if len(choices) == 1 else max(choices, key=lambda a: _slabs(planes, a))
+    axis = choices[0] if len(choices) == 1 else max(choices, key=lambda a: _preference(planes, a))
     return _tie(classes, planes, axis, fixed)
 
 
@@ -118,6 +118,12 @@ def _fix(fixed: list[tuple[Tensor, str]], planes: Iterable[Tensor], reason: str)
         labels = plane[plane > 0].unique()
         if labels.numel():
             fixed.append((labels, reason))
+
+
+def _preference(planes: list[Tensor], axis: int) -> tuple[int, float]:
+    """The more slabs the better; of as many, single ones: two heads, not query and key beside value."""
+    count = _slabs(planes, axis)
+    return count, count / max(plane.shape[axis] for plane in planes)
 
 
 def _slabs(planes: list[Tensor], axis: int) -> int:

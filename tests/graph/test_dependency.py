@@ -316,3 +316,31 @@ def test_a_tensor_kept_from_a_forward_pass_is_forgotten():
     result = prune(Caching().eval(), VECTORS, [VECTORS, VECTORS], ratio=0.5, progress=False)
     assert result.model.bias.shape == (4,)
     assert result.model(VECTORS).shape == (3, 2)
+
+
+class Attention(nn.Module):
+    """As timm's, with norms of query and key that all heads share."""
+
+    def __init__(self, heads, normed):
+        super().__init__()
+        self.num_heads, self.size = heads, 6
+        self.qkv, self.proj = nn.Linear(8, 3 * heads * 6), nn.Linear(heads * 6, 8)
+        self.q_norm, self.k_norm = (nn.LayerNorm(6) if normed else nn.Identity() for _ in range(2))
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.num_heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
+        x = nn.functional.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("heads", [2, 3, 4])
+def test_heads_go_however_few_and_whatever_norm_they_share(heads, normed):
+    torch.manual_seed(0)
+    net = nn.Sequential(Attention(heads, normed), nn.ReLU(), nn.Linear(8, 2)).eval()
+    graph = build_graph(net, torch.randn(2, 5, 8))
+    verdicts = prove(graph)
+    assert verdicts["0.qkv.out"].status != "whole"
+    groups = {read_group(group).key: read_group(group).units for group in graph.get_all_groups()}
+    assert groups["0.qkv.out"] == heads
