@@ -163,10 +163,11 @@ def convolution(mode: Provenance, func: Any, args: Any, kwargs: Any) -> Any:
             mode.fix(small, "positions of a kernel")
     planes = []
     carried = None
+    pointwise = {*w.shape[2:], *args[3]} == {1} and not any(args[4])  # every position by itself
     for plane in mode.planes(x):
         small = mode.canonical(plane)
         axes = varying(small)
-        if set(axes) - {0, 1} and 1 not in axes:
+        if not pointwise and set(axes) - {0, 1} and 1 not in axes:
             mode.fix(small, "a convolution mixes its positions")
         elif 1 not in axes:
             planes.append(small)

@@ -344,3 +344,25 @@ def test_heads_go_however_few_and_whatever_norm_they_share(heads, normed):
     assert verdicts["0.qkv.out"].status != "whole"
     groups = {read_group(group).key: read_group(group).units for group in graph.get_all_groups()}
     assert groups["0.qkv.out"] == heads
+
+
+class Aggregated(nn.Module):
+    """As in CoaT: one token is made of two by a convolution over them, along whose positions lie the channels."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.one, self.other, self.last = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 2)
+        self.aggregate = nn.Conv1d(2, 1, kernel, padding=kernel // 2)
+
+    def forward(self, x):
+        x = self.one(x)
+        x = torch.stack([x, x + self.other(x)], 1)
+        return self.last(self.aggregate(x)[:, 0])
+
+
+@pytest.mark.parametrize(("kernel", "wanted"), [(1, ["one.out"]), (3, [])])
+def test_a_convolution_of_single_positions_does_not_mix_them(kernel, wanted):
+    torch.manual_seed(0)
+    graph = build_graph(Aggregated(kernel).eval(), VECTORS)
+    assert [read_group(group).key for group in graph.get_all_groups()] == wanted
+    assert all(verdict.status == "proved" for key, verdict in prove(graph).items() if key in wanted)
