@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from ippro_tp import Compensation, NotCalibratedError, ObservationError, Recovery
 from ippro_tp.compensation import distilling
-from ippro_tp.compensation.distilling import _is_image, _mirrored, _schedule, _shifted
+from ippro_tp.compensation.augmenting import is_image, mirrored, mixed, shifted
+from ippro_tp.compensation.distilling import _schedule
+from ippro_tp.compensation.orthogonal import Muon, orthogonalised
 from tests.nets import Residual
 
 
@@ -223,11 +225,11 @@ def test_any_structure_of_inputs_and_outputs(kind, named):
 def test_images_are_mirrored_by_chance_and_nothing_else_is():
     images = torch.randn(4, 3, 2, 4)
     turned = torch.tensor([True, False, False, True])
-    found = _mirrored(images, turned)
+    found = mirrored(images, turned)
     assert torch.equal(found[turned], images.flip(3)[turned])
     assert torch.equal(found[~turned], images[~turned])
-    assert not _is_image((images, images), {})
-    assert not _is_image((), {"x": images})
+    assert not is_image((images, images), {})
+    assert not is_image((), {"x": images})
     layer = nn.Linear(4, 2)
     results = []
     for augment in ("mirror", None):
@@ -246,13 +248,25 @@ def test_images_are_shifted_by_up_to_an_eighth():
     windows = [padded[:, :, top : top + 16, left : left + 24] for top in range(5) for left in range(7)]
     seen = set()
     for seed in range(20):
-        found = _shifted(images, torch.Generator().manual_seed(seed))
+        found = shifted(images, torch.Generator().manual_seed(seed))
         places = [[i for i, w in enumerate(windows) if torch.equal(w[n], found[n])] for n in range(2)]
         assert all(len(place) == 1 for place in places)
         seen |= {place[0] for place in places}
     assert len(seen) > 15
     small = torch.randn(2, 3, 4, 4)
-    assert torch.equal(_shifted(small, torch.Generator()), small)
+    assert torch.equal(shifted(small, torch.Generator()), small)
+
+
+def test_half_of_the_images_are_mixed_with_another():
+    images = torch.eye(5).view(5, 5, 1, 1)
+    found = mixed(images, torch.Generator().manual_seed(0)).flatten(1)
+    shares = torch.rand(2, generator=torch.Generator().manual_seed(0))
+    for i, share in enumerate(shares):
+        expected = torch.zeros(5)
+        expected[i], expected[i - 1] = share, 1 - share
+        assert torch.allclose(found[i], expected)
+    assert torch.equal(found[2:], images.flatten(1)[2:])
+    assert torch.equal(mixed(images[:1], torch.Generator()), images[:1])
 
 
 @pytest.mark.parametrize("augment", ["mirror", None])
@@ -328,3 +342,44 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             Recovery(**options)
+
+
+def test_steps_are_the_orthogonal_factor_of_the_momentum():
+    torch.manual_seed(0)
+    for shape in ((6, 20), (20, 6), (5, 5)):
+        matrix = torch.randn(shape, dtype=torch.float64)
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        found = orthogonalised(matrix)
+        values = torch.linalg.svdvals(found)
+        assert 0.6 < values.min()
+        assert values.max() < 1.3
+        assert torch.nn.functional.cosine_similarity(found.flatten(), (u @ v).flatten(), dim=0) > 0.97
+    assert torch.equal(orthogonalised(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+def test_weights_follow_muon_and_the_rest_adam():
+    torch.manual_seed(0)
+    weight, depthwise, bias = (nn.Parameter(torch.zeros(*s)) for s in ((4, 3, 2, 2), (6, 1, 3, 3), (7,)))
+    ours = Muon([weight, depthwise, bias], lr=0.01)
+    twins = [nn.Parameter(p.detach().clone()) for p in (depthwise, bias)]
+    adam = torch.optim.Adam(twins, lr=0.01, betas=(0.9, 0.99))
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        for p, twin in zip((depthwise, bias), twins, strict=True):
+            p.grad = twin.grad = torch.randn_like(p)
+        before, first = weight.detach().clone(), "momentum" not in ours.state[weight]
+        ours.step()
+        adam.step()
+        step = (weight.detach() - before).flatten(1)
+        assert step.square().mean().sqrt() == pytest.approx(0.01 * 0.3, rel=0.4)  # a row of 12 has length 1
+        if first:
+            u, _, v = torch.linalg.svd(weight.grad.flatten(1), full_matrices=False)
+            assert torch.nn.functional.cosine_similarity(step.flatten(), -(u @ v).flatten(), dim=0) > 0.95
+    for p, twin in zip((depthwise, bias), twins, strict=True):
+        assert torch.allclose(p, twin, atol=1e-7)
+
+
+def test_the_rate_follows_the_error_where_none_is_given():
+    model, teacher, inputs = pair()
+    report = recovery(inputs, model, steps=5).run(model, teacher)
+    assert report.lr == pytest.approx(min(2e-3, 1e-2 * report.before))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..calibration.batches import as_call
 from ..errors import ObservationError
+from .augmenting import MIRROR, MIX, SHIFT, is_image, mirrored, varied
+from .orthogonal import Muon
 from .samples import Samples
 
-MIRROR: Literal["mirror"] = "mirror"
-SHIFT: Literal["shift"] = "shift"
 TOLD = 1 << 28
 """Bytes that what the teacher says to all samples may take."""
 LOOKS = 10
@@ -24,6 +24,8 @@ WARM_UP = 0.05
 """Part of the steps in which the learning rate rises to its full value."""
 RISE = 2.0
 """To how much of what it was the distance may rise in the first half of the steps."""
+RATE, HIGHEST = 1e-2, 2e-3
+"""The learning rate where none is given: this part of the distance at the start, and no more than the second."""
 BACK_OFF, GIVE_UP = 3.0, 1e-3
 """The learning rate is divided by the first where it destroys; below that part of what it was, the run ends."""
 
@@ -33,9 +35,9 @@ class Plan:
     """What :class:`ippro_tp.Recovery` was told; see there."""
 
     steps: int
-    lr: float
+    lr: float | None
     batch_size: int
-    augment: Callable[[Any], Any] | Literal["mirror", "shift"] | None
+    augment: Callable[[Any], Any] | Literal["mirror", "shift", "mix"] | None
     held_out: float
     seed: int
 
@@ -73,18 +75,18 @@ class Distillation:
         with torch.no_grad():
             self._wanted = [_floats(self._call(teacher, part)) for part in self._judged]
         self._power = [_power(parts) for parts in zip(*self._wanted, strict=True)]
-        self._lr = self.kept_lr = how.lr
         self.step = self.kept = 0
         self.before = self.best = self._look()
+        self._lr = self.kept_lr = how.lr or min(HIGHEST, RATE * self.before)
         self._told = self._tell()
         self._best = [p.detach().clone() for p in parameters]
 
     def train(self, tick: Callable[[], object] = bool) -> None:
         """Do the steps, and call ``tick`` after each. At the end, the best weights are in place."""
-        how, batches = self._how, self._batches()
-        optimizer = torch.optim.AdamW(self._parameters, lr=how.lr, weight_decay=0.0)
+        how, batches, lowest = self._how, self._batches(), GIVE_UP * self._lr
+        optimizer = Muon(self._parameters, lr=self._lr)
         every = max(1, how.steps // LOOKS)
-        while self.step < how.steps and self.before > 0 and self._lr >= GIVE_UP * how.lr:
+        while self.step < how.steps and self.before > 0 and self._lr >= lowest:
             for group in optimizer.param_groups:
                 group["lr"] = self._lr * _schedule((self.step + 1) / how.steps)
             sound = self._learn(optimizer, next(batches))
@@ -112,11 +114,11 @@ class Distillation:
         """What both models see for some samples, and what the teacher says to it."""
         args, kwargs = self._samples.arguments(batch, self._device)
         turned = torch.zeros(len(batch), dtype=torch.bool)
-        if self._how.augment in (MIRROR, SHIFT) and _is_image(args, kwargs):
+        how = self._how.augment
+        if isinstance(how, str) and is_image(args, kwargs):
             turned = torch.rand(len(batch), generator=self._generator) < 0.5
-            images = _mirrored(args[0], turned)
-            args = (_shifted(images, self._generator) if self._how.augment == SHIFT else images,)
-        elif callable(self._how.augment):
+            args = (varied(args[0], turned, how, self._generator),)
+        elif callable(how):
             args, kwargs = self._augmented(args, kwargs)
         if self._told is not None:
             return args, kwargs, [x[turned.long(), batch] for x in self._told]
@@ -132,9 +134,9 @@ class Distillation:
         """
         how, count = self._how, len(self._trained)
         args, kwargs = self._samples.arguments(self._trained[:1], self._device)
-        views = 2 if how.augment == MIRROR and _is_image(args, kwargs) else 1
+        views = 2 if how.augment == MIRROR and is_image(args, kwargs) else 1
         first = _floats(self._call(self._teacher, self._judged[0]))
-        endless = callable(how.augment) or (how.augment == SHIFT and _is_image(args, kwargs))
+        endless = callable(how.augment) or (how.augment in (SHIFT, MIX) and is_image(args, kwargs))
         if endless or views * count > how.steps * how.batch_size:
             return None
         if any(x.dim() == 0 or len(x) != len(self._judged[0]) for x in first):
@@ -146,7 +148,7 @@ class Distillation:
             args, kwargs = self._samples.arguments(batch, self._device)
             for view in range(views):
                 turned = torch.full((len(batch),), view == 1)
-                shown = (_mirrored(args[0], turned),) if views == 2 else args
+                shown = (mirrored(args[0], turned),) if views == 2 else args
                 for kept, x in zip(told, _floats(self._teacher(*shown, **kwargs)), strict=True):
                     kept[view, batch] = x
         return told
@@ -203,29 +205,6 @@ class Distillation:
         while True:
             order = self._trained[torch.randperm(len(self._trained), generator=self._generator)]
             yield from order[: len(order) // size * size].split(size)
-
-
-def _is_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a model is called with nothing but ``(B, C, H, W)`` in floating point."""
-    image = args[0] if len(args) == 1 and not kwargs else None
-    return isinstance(image, Tensor) and image.dim() == 4 and image.is_floating_point()
-
-
-def _mirrored(images: Tensor, turned: Tensor) -> Tensor:
-    """``(B, C, H, W)``, those of ``turned`` mirrored left to right."""
-    return torch.where(turned.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
-
-
-def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each of ``(B, C, H, W)`` shifted by chance, by up to an eighth of its size, its border reflected."""
-    count, _, height, width = images.shape
-    down, right = height // 8, width // 8
-    padded = nn.functional.pad(images, (right, right, down, down), mode="reflect")
-    top = torch.randint(2 * down + 1, (count, 1), generator=generator) + torch.arange(height)
-    left = torch.randint(2 * right + 1, (count, 1), generator=generator) + torch.arange(width)
-    rows, columns = top.to(images.device)[:, None, :, None], left.to(images.device)[:, None, None, :]
-    down_to = padded.gather(2, rows.expand(-1, images.shape[1], -1, padded.shape[3]))
-    return down_to.gather(3, columns.expand(-1, images.shape[1], height, -1))
 
 
 def _schedule(done: float) -> float:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.guard import evaluating, preserved
-from .distilling import MIRROR, SHIFT, Distillation, Plan
+from .augmenting import BUILT_IN
+from .distilling import Distillation, Plan
 from .inputs import KeptInputs
 
 
@@ -64,12 +65,16 @@ class Recovery(KeptInputs):
 
     Args:
         steps: number of gradient steps.
-        lr: largest learning rate of AdamW, with a warm-up and a cosine schedule. Whenever the error on held-out
-            samples explodes, it is divided by three and training continues from the best weights so far.
+        lr: largest learning rate, with a warm-up and a cosine schedule; of Muon (Jordan et al. 2024) for weights
+            with several inputs and outputs, with steps as long as Adam's, and of Adam for the rest. Whenever the
+            error on held-out samples explodes, it is divided by three and training continues from the best weights
+            so far. ``None``: a hundredth of the error at the start, at most 2e-3, as what is nearly right is
+            spoilt by long steps.
         batch_size: samples per step.
-        augment: ``"shift"``: images, if they are the only input, ``(B, C, H, W)``, are randomly mirrored left to
-            right and shifted by up to an eighth of their size. ``"mirror"``: mirrored only; the teacher's outputs
-            are then computed once. Other inputs are not augmented. A callable takes a batch of inputs as the
+        augment: ``"mix"``: images, if they are the only input, ``(B, C, H, W)``, are randomly mirrored left to
+            right and shifted by up to an eighth of their size, and half of them are mixed with another (mixup,
+            Zhang et al. 2018). ``"shift"``: mirrored and shifted only. ``"mirror"``: mirrored only; the teacher's
+            outputs are then computed once. Other inputs are not augmented. A callable takes a batch of inputs as the
             loader yields them (a tensor, a tuple or a dict) and returns those that both models see; its use of
             the global random state follows ``seed``. ``None``: no augmentation.
         held_out: fraction of the samples to hold out.
@@ -96,9 +101,9 @@ class Recovery(KeptInputs):
         self,
         steps: int = 600,
         *,
-        lr: float = 2e-3,
+        lr: float | None = None,
         batch_size: int = 32,
-        augment: Callable[[Any], Any] | Literal["mirror", "shift"] | None = "shift",
+        augment: Callable[[Any], Any] | Literal["mirror", "shift", "mix"] | None = "mix",
         held_out: float = 0.0625,
         max_samples: int = 16384,
         seed: int = 0,
@@ -106,12 +111,12 @@ class Recovery(KeptInputs):
         super().__init__(max_samples)
         if steps < 1:
             raise ValueError(f"steps={steps!r}; give a number >= 1")
-        if not 0 < lr < float("inf"):
-            raise ValueError(f"lr={lr!r}; give a positive number")
+        if lr is not None and not 0 < lr < float("inf"):
+            raise ValueError(f"lr={lr!r}; give a positive number, or None")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}; give a number >= 1")
-        if not (augment in (None, MIRROR, SHIFT) or callable(augment)):
-            raise ValueError(f'augment={augment!r}; give "shift", "mirror", a callable, or None')
+        if not (augment in (None, *BUILT_IN) or callable(augment)):
+            raise ValueError(f'augment={augment!r}; give "mix", "shift", "mirror", a callable, or None')
         if not 0 < held_out < 1:
             raise ValueError(f"held_out={held_out!r}; give a number between 0 and 1")
         self._plan = Plan(int(steps), lr, int(batch_size), augment, held_out, seed)
