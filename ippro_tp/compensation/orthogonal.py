@@ -16,7 +16,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for weights with several inputs and outputs, Adam without weight decay for the rest.
+    """Muon (Jordan et al. 2024) for weights with several inputs and outputs, Adam for the rest; no weight decay.
 
     The momentum of a weight, as a matrix of a row per output channel, is replaced by the nearest matrix of
     orthonormal rows or columns, so that all directions are learnt at the same pace; its length is Adam's (Liu et

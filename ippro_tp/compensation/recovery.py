@@ -74,8 +74,8 @@ class Recovery(KeptInputs):
         augment: ``"mix"``: images, if they are the only input, ``(B, C, H, W)``, are randomly mirrored left to
             right and shifted by up to an eighth of their size, and half of them are mixed with another (mixup,
             Zhang et al. 2018). ``"shift"``: mirrored and shifted only. ``"mirror"``: mirrored only; the teacher's
-            outputs are then computed once. Other inputs are not augmented. A callable takes a batch of inputs as the
-            loader yields them (a tensor, a tuple or a dict) and returns those that both models see; its use of
+            outputs are then computed once. Other inputs are not augmented. A callable takes a batch of inputs as
+            the loader yields them (a tensor, a tuple or a dict) and returns those that both models see; its use of
             the global random state follows ``seed``. ``None``: no augmentation.
         held_out: fraction of the samples to hold out.
         max_samples: the largest number of inputs to store; from more, an even selection is kept.
