@@ -20,7 +20,7 @@ def is_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def varied(images: Tensor, turned: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    """``(B, C, H, W)``: those of ``turned`` mirrored; shifted, unless ``how`` is "mirror"; mixed if it is "mix"."""
+    """``(B, C, H, W)``: those of ``turned`` mirrored; shifted unless ``how`` is "mirror", mixed if it is "mix"."""
     images = mirrored(images, turned)
     if how in (SHIFT, MIX):
         images = shifted(images, generator)
