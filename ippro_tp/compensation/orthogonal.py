@@ -37,31 +37,31 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     several = p.dim() > 1 and min(p.shape[:2]) > 1  # not so for biases and depthwise convolutions
-                    direction = self._orthogonal(p) if several else self._adam(p)
+                    direction = self._orthogonal(p, p.grad) if several else self._adam(p, p.grad)
                     p.sub_(direction, alpha=group["lr"])
 
-    def _orthogonal(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        momentum = state.setdefault("momentum", torch.zeros_like(p))
-        momentum.mul_(MOMENTUM).add_(p.grad)
-        rows = (p.grad + MOMENTUM * momentum).flatten(1)
+    def _orthogonal(self, p: Tensor, gradient: Tensor) -> Tensor:
+        momentum: Tensor = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        momentum.mul_(MOMENTUM).add_(gradient)
+        rows = (gradient + MOMENTUM * momentum).flatten(1)
         return (orthogonalised(rows) * (LENGTH * max(rows.shape) ** 0.5)).view_as(p)
 
-    def _adam(self, p: Tensor) -> Tensor:
+    def _adam(self, p: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[p]
         state["step"] = state.get("step", 0) + 1
-        mean, square = (state.setdefault(key, torch.zeros_like(p)) for key in ("mean", "square"))
-        mean.lerp_(p.grad, 1 - BETAS[0])
-        square.lerp_(p.grad.square(), 1 - BETAS[1])
-        mean, square = (x / (1 - b ** state["step"]) for x, b in zip((mean, square), BETAS, strict=True))
-        return mean / (square.sqrt() + 1e-8)
+        mean: Tensor = state.setdefault("mean", torch.zeros_like(p))
+        square: Tensor = state.setdefault("square", torch.zeros_like(p))
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        unbiased = [x / (1 - b ** state["step"]) for x, b in zip((mean, square), BETAS, strict=True)]
+        return unbiased[0] / (unbiased[1].sqrt() + 1e-8)
 
 
 def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
     """The orthogonal factor of a matrix (m, n), roughly: its singular values become 0.7 to 1.2."""
     a, b, c = NEWTON_SCHULZ
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp(min=torch.finfo(wide.dtype).tiny)
+    x: Tensor = wide / wide.norm().clamp(min=torch.finfo(wide.dtype).tiny)
     for _ in range(iterations):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
