@@ -44,7 +44,8 @@ class Muon(torch.optim.Optimizer):
         momentum: Tensor = self.state[p].setdefault("momentum", torch.zeros_like(p))
         momentum.mul_(MOMENTUM).add_(gradient)
         rows = (gradient + MOMENTUM * momentum).flatten(1)
-        return (orthogonalised(rows) * (LENGTH * max(rows.shape) ** 0.5)).view_as(p)
+        step: Tensor = orthogonalised(rows) * (LENGTH * max(rows.shape) ** 0.5)
+        return step.view_as(p)
 
     def _adam(self, p: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[p]
@@ -53,8 +54,8 @@ class Muon(torch.optim.Optimizer):
         square: Tensor = state.setdefault("square", torch.zeros_like(p))
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
-        unbiased = [x / (1 - b ** state["step"]) for x, b in zip((mean, square), BETAS, strict=True)]
-        return unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        bias = [1 - float(b ** state["step"]) for b in BETAS]
+        return mean / bias[0] / ((square / bias[1]).sqrt() + 1e-8)
 
 
 def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
