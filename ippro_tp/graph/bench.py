@@ -191,7 +191,8 @@ class Bench:
             merged = {key: self._classes(key) for key in graph._keys.values()}
             of = [next((k for k, c in merged.items() if bool(torch.isin(one, c).any())), "") for one, _ in pairs]
             wanted = list(dict.fromkeys(filter(None, of)))
-            involved = torch.cat([torch.zeros(1, dtype=torch.long), *(merged[key] for key in wanted)])
+            rest = [key for key in failed if key in merged and key not in wanted]  # a part of them was tied
+            involved = torch.cat([torch.zeros(1, dtype=torch.long), *(merged[key] for key in (*wanted, *rest))])
             involved = torch.cat([involved, *(labels for pair in pairs for labels in pair)])
             involved = involved[involved > 0]
             self.numbers = [a for a in numbers if not bool(torch.isin(a.classes, involved).any())]
@@ -200,6 +201,8 @@ class Bench:
             passed += self._repair([key for key in wanted if key not in passed])
             if len(passed) == len(wanted):
                 self.ties = pairs
+                passed = self._passing(rest)
+                wanted += [*passed, *self._repair([key for key in rest if key not in passed])]
                 break
             pairs = [pair for pair, key in zip(pairs, of, strict=True) if key in passed]
         else:

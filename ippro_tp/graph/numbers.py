@@ -160,7 +160,7 @@ def _lowered(module: nn.Module, axes: Sequence[Axis]) -> set[str]:
 
 
 def ties(graph: RepairedGraph, groups: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Vectors of as many channels of two groups that a module sees.
+    """Vectors of as many channels of two groups that a module sees: all of a layer's, or as many as a number says.
 
     Args:
         graph: of the model.
@@ -174,8 +174,10 @@ def ties(graph: RepairedGraph, groups: Mapping[str, Tensor]) -> list[tuple[Tenso
         owner[classes] = number
     wanted = {len(a.labels) for a in graph.axes if a.is_root and f"{a.owner}.out" in groups}
     found: dict[bytes, tuple[Tensor, Tensor]] = {}
+    modules = dict(graph.model.named_modules())
     for name in graph.facts.seen:
-        for choices in _vectors(graph, name, wanted, False, None).values():
+        sizes = wanted | {value for _, _, value in _numbers(modules[name])}
+        for choices in _vectors(graph, name, sizes, False, None).values():
             firsts: dict[int, Tensor] = {}
             for vector in choices:
                 groups_of = owner[vector]

@@ -366,3 +366,32 @@ def test_a_convolution_of_single_positions_does_not_mix_them(kernel, wanted):
     graph = build_graph(Aggregated(kernel).eval(), VECTORS)
     assert [read_group(group).key for group in graph.get_all_groups()] == wanted
     assert all(verdict.status == "proved" for key, verdict in prove(graph).items() if key in wanted)
+
+
+class SingleHead(nn.Module):
+    """As SHViT's: attention on some channels; their number counts those of the input and of the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim, self.some, self.size = 20, 7, 5
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 20, 1), nn.Conv2d(7, 17, 1), nn.Conv2d(20, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        part, rest = torch.split(x, [self.some, self.dim - self.some], 1)
+        q, k, v = torch.split(self.qkv(part).flatten(2), [self.size, self.size, self.some], 1)
+        part = (v @ (q.transpose(1, 2) @ k).softmax(-1)).view(x.shape[0], self.some, *x.shape[2:])
+        return self.proj(torch.cat([part, rest], 1))
+
+
+def test_a_number_that_counts_channels_of_two_layers_ties_them():
+    torch.manual_seed(0)
+    net, x = SingleHead().eval(), torch.randn(2, 3, 4, 4)
+    graph = build_graph(net, x)
+    prove(graph)
+    records = {read_group(group).key: read_group(group) for group in graph.get_all_groups()}
+    assert {key: record.units for key, record in records.items()} == {"stem.out": 20, "qkv.out": 5}
+    assert graph.left_whole == {"proj.out": "its channels are the model's output"}
+    result = prune(net, x, [x], macs=0.5, scope="local", compensation=False, progress=False)
+    assert result.model(x).shape == net(x).shape
+    assert (result.model.some, result.model.size) < (7, 5)
