@@ -367,7 +367,8 @@ def markdown(records: list[dict], table: Any) -> str:
         "`python -m benchmarks scan --prune`, one process a model, random weights, smallest input. 0.7: "
         "`PROImportance`; 0.5: random channels. *difference*: largest of the outputs from the original without "
         "the removed channels, relative, in double precision where single leaves more than 1e-6. *silenced*: the "
-        "same from a reference that shares no code with the package, where it can tell. Errors are squared, on "
+        "same from a reference that shares no code with the package, where it can tell; it takes means along an "
+        "axis of channels over all of them, removed or not (EfficientViM's states). Errors are squared, on "
         "images that neither calibration nor Compensation has seen, with 5 samples to refit from.",
         f"{int(table.quick.sum())} of {len(table)} models were looked at quickly: random channels to 0.7, no "
         "calibration, no compensation, not to 0.5.",
