@@ -23,7 +23,7 @@ LOOKS = 10
 WARM_UP = 0.05
 """Part of the steps in which the learning rate rises to its full value."""
 RISE = 2.0
-"""To how much of what it was the distance may rise in the first half of the steps."""
+"""To how much of what it was the distance may rise: it does while the learning rate is high, and falls later."""
 RATE, HIGHEST = 1e-2, 2e-3
 """The learning rate where none is given: this part of the distance at the start, and no more than the second."""
 BACK_OFF, GIVE_UP = 3.0, 1e-3
@@ -154,16 +154,11 @@ class Distillation:
         return told
 
     def _keep_if_better(self, now: float) -> bool:
-        """Keep the weights if they are the best so far; ``False`` if the learning rate destroys.
-
-        While it is high, the distance rises for a while and falls below what it was later; so in the first half
-        it may.
-        """
+        """Keep the weights if they are the best so far; ``False`` if the learning rate destroys."""
         if now < self.best:
             self.best, self.kept, self.kept_lr = now, self.step, self._lr
             self._best = [p.detach().clone() for p in self._parameters]
-        allowed = RISE if 2 * self.step < self._how.steps else 1.0
-        return now <= allowed * self.before  # False for NaN
+        return now <= RISE * self.before  # False for NaN
 
     @torch.no_grad()
     def _restore(self) -> None:
