@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from ..calibration.guard import evaluating
 from .counter import Counts, count
@@ -44,6 +43,8 @@ class Meter:
             whole: the unpruned one, on the same device.
             seconds: least time to measure each for.
         """
+        from torch.utils.benchmark import Timer  # late: it looks for compilers, and may warn
+
         times: dict[int, list[float]] = {0: [], 1: []}
         with evaluating(model), evaluating(whole), torch.inference_mode():
             for _ in range(ROUNDS):

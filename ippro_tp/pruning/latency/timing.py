@@ -9,17 +9,22 @@ from statistics import median, quantiles
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.benchmark.utils.timer import timer
 
-wall_clock: Callable[[], float] = timer
 Clock = Callable[[], float]
-"""Seconds that go by; the one of :mod:`torch.utils.benchmark` waits for the accelerator first."""
+"""Seconds that go by."""
 SHORTEST = 2e-4
 """What is timed takes so many seconds at least: short calls are repeated."""
 MOST_CALLS = 30
 FEW_CALLS = 3
 ROUNDS = (3, 9)
 MOST_ROUNDS = 25
+
+
+def wall_clock() -> float:
+    """The clock of :mod:`torch.utils.benchmark`, which waits for the accelerator first."""
+    from torch.utils.benchmark.utils.timer import timer  # late: it looks for compilers, and may warn
+
+    return float(timer())
 
 
 @dataclass
