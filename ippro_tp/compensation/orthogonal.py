@@ -41,7 +41,10 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(direction, alpha=group["lr"])
 
     def _orthogonal(self, p: Tensor, gradient: Tensor) -> Tensor:
-        momentum: Tensor = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum: Tensor = state["momentum"]
         momentum.mul_(MOMENTUM).add_(gradient)
         rows = (gradient + MOMENTUM * momentum).flatten(1)
         step: Tensor = orthogonalised(rows) * (LENGTH * max(rows.shape) ** 0.5)
@@ -49,9 +52,11 @@ class Muon(torch.optim.Optimizer):
 
     def _adam(self, p: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[p]
-        state["step"] = state.get("step", 0) + 1
-        mean: Tensor = state.setdefault("mean", torch.zeros_like(p))
-        square: Tensor = state.setdefault("square", torch.zeros_like(p))
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+        state["step"] += 1
+        mean: Tensor = state["mean"]
+        square: Tensor = state["square"]
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
         bias = [1 - float(b ** state["step"]) for b in BETAS]

@@ -81,7 +81,7 @@ class Bench:
             return []
         kinds = list(dict.fromkeys(map(kind_of, keys)))
         if len(kinds) == 1:
-            return self._of_onekind_of(keys)
+            return self._of_one_kind(keys)
         near = {kind_of(key) for key in keys if self._near(key, self.failed)} if self.failed is not None else set()
         if not near or len(near) == len(kinds):
             near = set(kinds[: len(kinds) // 2])
@@ -91,7 +91,7 @@ class Bench:
                 passed += self._passing([key for key in keys if kind_of(key) == kind])
         return passed
 
-    def _of_onekind_of(self, keys: list[str]) -> list[str]:
+    def _of_one_kind(self, keys: list[str]) -> list[str]:
         """The same of groups at the same place of repeated blocks: where the first and the last fail, all do."""
         ends = [keys[0], keys[-1]] if len(keys) > 1 else keys
         passed = [key for key in ends if self._passing([key])]
